@@ -1,0 +1,129 @@
+"""The feedback spiking network: one class that simulates T time steps and evaluates its equilibrium map."""
+
+from typing import Callable, List, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from modules.connection import Connection, dropout_mask
+from modules.feedback import Feedback
+from modules.implicit import BackwardSolver, attach_gradient
+from modules.neuron import Neuron, WeightedRate, neuron_step, rate_weights, resting_state
+
+Observer = Callable[[int, List[Tensor]], None]
+
+
+class Masks(NamedTuple):
+    """The dropout masks of one pass, (batch, *layer shape) each, or None where nothing is dropped."""
+
+    input: Optional[Tensor] = None
+    hidden: Sequence[Optional[Tensor]] = ()
+    feedback: Optional[Tensor] = None
+
+
+class FeedbackSNN(nn.Module):
+    """L spiking layers in a loop: input connection F, hidden connections W_2 … W_L, feedback B, and a linear readout.
+
+        layer 1:      I_1(t) = F x(t) + B s_L(t−1)
+        layer l > 1:  I_l(t) = W_l s_{l−1}(t)
+
+    A static input is (batch, *input_shape), the same current at each of the T steps; an event input (`events=True`) is
+    time first, (T, batch, *input_shape). The readout sees the flattened firing rate of layer L. When gradients are enabled,
+    that rate carries the implicit gradient of its equilibrium, solved by `solver`.
+    """
+
+    def __init__(self, input_shape: Sequence[int], input: Connection, hidden: Sequence[Connection], feedback: Feedback,
+                 classes: int, neuron: Neuron, time_steps: int, dropout: float = 0.0, events: bool = False,
+                 solver: Optional[BackwardSolver] = None):
+        super().__init__()
+        self.input, self.hidden, self.feedback = input, nn.ModuleList(hidden), feedback
+        self.neuron, self.time_steps, self.dropout, self.events = neuron, time_steps, dropout, events
+        self.solver = solver or BackwardSolver()
+        self.input_shape = tuple(input_shape)
+        self.layer_shapes = [self.input.output_shape(self.input_shape)]
+        for connection in self.hidden:
+            self.layer_shapes.append(connection.output_shape(self.layer_shapes[-1]))
+        self.readout = nn.Linear(torch.Size(self.layer_shapes[-1]).numel(), classes)
+
+    @property
+    def neuron_counts(self) -> List[int]:
+        """Neurons in each layer."""
+        return [torch.Size(shape).numel() for shape in self.layer_shapes]
+
+    def forward(self, x: Tensor, observe: Optional[Observer] = None) -> Tensor:
+        """Logits (batch, classes). `observe` is passed on to the simulation."""
+        self._check_input(x)
+        weight = self.feedback.normalised_weight()
+        masks = self._draw_masks(x)
+        mean_input = self._mean_input(x)
+        current = self.input(mean_input, masks.input)
+        rate = self._simulate(x, mean_input, current.detach(), weight.detach(), masks, observe)
+        if torch.is_grad_enabled():
+            rate = self._with_gradient(rate, current, weight, masks)
+        return self.readout(rate.flatten(1))
+
+    def equilibrium_map(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks(), track: bool = True) -> Tensor:
+        """f: one lap round the loop, from the last layer's rate to itself (method section 5).
+
+            a_1 = clamp((B a_L + F x̄) / V_th, 0, 1),    a_l = clamp(W_l a_{l−1} / V_th, 0, 1)
+
+        `rate` is (batch, *last layer's shape), `current` = F x̄ (batch, *first layer's shape) and `weight` the normalised
+        feedback. Batch norms follow the module's mode; `track=False` leaves their running statistics alone.
+        """
+        drive = current + self.feedback(rate, weight, masks.feedback)
+        rate = (drive / self.neuron.threshold).clamp(0, 1)
+        for connection, mask in zip(self.hidden, masks.hidden or [None] * len(self.hidden)):
+            rate = (connection(rate, mask, track) / self.neuron.threshold).clamp(0, 1)
+        return rate
+
+    def _with_gradient(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks) -> Tensor:
+        def equilibrium_map(a: Tensor, track: bool = True) -> Tensor:
+            return self.equilibrium_map(a, current, weight, masks, track)
+
+        # With hidden layers J is taken at f(a); running statistics have already seen this batch in f's first evaluation.
+        jacobian_map = (lambda a: equilibrium_map(a, track=False)) if self.hidden else None
+        return attach_gradient(rate, equilibrium_map, self.solver, jacobian_map)
+
+    @torch.no_grad()
+    def _simulate(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor, masks: Masks,
+                  observe: Optional[Observer]) -> Tensor:
+        """Firing rate of the last layer after T steps; `observe(t, spikes)` sees every layer's spikes at every step."""
+        hidden = [connection.frozen(mask) for connection, mask in zip(self.hidden, masks.hidden)]
+        if self.events:
+            input_current = self.input.frozen(masks.input, statistics_of=mean_input if self.training else None)
+        states = [resting_state(current.new_empty(current.shape[0], *shape)) for shape in self.layer_shapes]
+        rate = WeightedRate(self.neuron.leak)
+        for t in range(self.time_steps):
+            drive = input_current(x[t]) if self.events else current
+            if t > 0:
+                drive = drive + self.feedback(states[-1].spikes, weight, masks.feedback)
+            for layer, state in enumerate(states):
+                if layer > 0:
+                    drive = hidden[layer - 1](states[layer - 1].spikes)
+                states[layer] = neuron_step(drive, state, self.neuron)
+            rate.add(states[-1].spikes)
+            if observe is not None:
+                observe(t, [state.spikes for state in states])
+        return rate.value()
+
+    def _mean_input(self, x: Tensor) -> Tensor:
+        """x̄: the input itself if static, else its mean over time with the weights of the firing rate."""
+        if not self.events:
+            return x
+        weights = rate_weights(self.time_steps, self.neuron.leak, dtype=x.dtype, device=x.device)
+        return torch.tensordot(weights, x, dims=1)
+
+    def _draw_masks(self, x: Tensor) -> Masks:
+        if not self.training or self.dropout == 0:
+            return Masks(None, [None] * len(self.hidden), None)
+        batch = x.shape[1] if self.events else x.shape[0]
+        first, *others = [(batch, *shape) for shape in self.layer_shapes]
+        return Masks(dropout_mask(first, self.dropout, x), [dropout_mask(shape, self.dropout, x) for shape in others],
+                     dropout_mask(first, self.dropout, x))
+
+    def _check_input(self, x: Tensor) -> None:
+        expected = (f"(T={self.time_steps}, batch" if self.events else "(batch") + "".join(f", {n}" for n in self.input_shape) + ")"
+        leading = 2 if self.events else 1
+        wrong_shape = x.dim() != leading + len(self.input_shape) or tuple(x.shape[leading:]) != self.input_shape
+        if wrong_shape or (self.events and x.shape[0] != self.time_steps):
+            raise ValueError(f"the network takes an input of shape {expected}, not {tuple(x.shape)}")
