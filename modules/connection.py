@@ -19,7 +19,7 @@ def unit_norm_filters_(weight: Tensor, output_dim: int = 0) -> None:
 
 def dropout_mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
     """One variational mask, Bernoulli(1−p)/(1−p) for each output unit, to be used at every time step of a pass."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p).div_(1 - p)
+    return torch.rand(shape, dtype=like.dtype, device=like.device).ge_(p).div_(1 - p)
 
 
 def masked(output: Tensor, mask: Optional[Tensor]) -> Tensor:

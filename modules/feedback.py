@@ -1,6 +1,6 @@
 """The feedback connection: a spectrally normalised weight without bias or batch norm (method section 3)."""
 
-from typing import Callable, Optional, Union
+from typing import Callable, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from modules.connection import masked, unit_norm_filters_
 
+WeightedMap = Callable[[Tensor, Tensor], Tensor]
 INITIAL_POWER_ITERATIONS = 10
 
 
@@ -22,38 +23,57 @@ class Feedback(nn.Module):
         super().__init__()
         if linear.bias is not None:
             raise ValueError("a feedback connection has no bias: build its linear map with bias=False")
-        self.transposed = isinstance(linear, nn.ConvTranspose2d)
-        self.apply_weight = _weighted_map(linear)
+        self._weighted, self._weighted_adjoint = _weighted_map(linear)
         self.w = nn.Parameter(torch.empty_like(linear.weight))
-        unit_norm_filters_(self.w, output_dim=1 if self.transposed else 0)
+        unit_norm_filters_(self.w, output_dim=1 if isinstance(linear, nn.ConvTranspose2d) else 0)
         matrix = self.w.detach().flatten(1)
         self.register_buffer("u", F.normalize(torch.randn(matrix.shape[0]), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(matrix.shape[1]), dim=0))
         for _ in range(INITIAL_POWER_ITERATIONS):
-            self._power_iteration()
+            self._store(*self._power_iteration())
         self.g = nn.Parameter(torch.dot(self.u, matrix @ self.v))
 
     @torch.no_grad()
-    def _power_iteration(self) -> None:
+    def _power_iteration(self) -> Tuple[Tensor, Tensor]:
+        """u and v after one more iteration, v first."""
         matrix = self.w.flatten(1)
-        self.v.copy_(F.normalize(matrix.t() @ self.u, dim=0))
-        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+        v = F.normalize(matrix.t() @ self.u, dim=0)
+        return F.normalize(matrix @ v, dim=0), v
+
+    def _store(self, u: Tensor, v: Tensor) -> None:
+        self.u.copy_(u)
+        self.v.copy_(v)
 
     def normalised_weight(self) -> Tensor:
-        """B for one forward pass, after one power iteration; differentiable in g and w with u and v held constant."""
-        self._power_iteration()
-        sigma = torch.dot(self.u.clone(), self.w.flatten(1) @ self.v.clone())
+        """B for one forward pass, after one power iteration; differentiable in g and w with u and v held constant.
+
+        Training stores the advanced vectors. Evaluation advances from the stored ones and leaves them, so that it changes
+        nothing and its result does not depend on the number or the order of its batches.
+        """
+        u, v = self._power_iteration()
+        if self.training:
+            self._store(u, v)
+        sigma = torch.dot(u, self.w.flatten(1) @ v)
         return self.w * (self.g.clamp(-1, 1) / sigma)
 
     def forward(self, spikes: Tensor, weight: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """mask · B s for spikes or rates (batch, …) of the last layer, with `weight` from `normalised_weight`."""
-        return masked(self.apply_weight(spikes, weight), mask)
+        return masked(self._weighted(spikes, weight), mask)
+
+    def adjoint(self, v: Tensor, weight: Tensor) -> Tensor:
+        """Bᵀ v, from (batch, *first layer's shape) to (batch, *last layer's shape)."""
+        return self._weighted_adjoint(v, weight)
 
 
-def _weighted_map(linear: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function (input, weight) → output of a linear layer without bias."""
+def _weighted_map(linear: nn.Module) -> Tuple[WeightedMap, WeightedMap]:
+    """The functions (input, weight) → output of a linear layer without bias, and (output, weight) → input of its adjoint."""
     if isinstance(linear, nn.Linear):
-        return F.linear
-    if isinstance(linear, nn.Conv2d):
-        return lambda x, weight: F.conv2d(x, weight, None, linear.stride, linear.padding)
-    return lambda x, weight: F.conv_transpose2d(x, weight, None, linear.stride, linear.padding, linear.output_padding)
+        return F.linear, torch.matmul
+    stride, padding = linear.stride, linear.padding
+    if isinstance(linear, nn.ConvTranspose2d):
+        return (lambda x, weight: F.conv_transpose2d(x, weight, None, stride, padding, linear.output_padding),
+                lambda y, weight: F.conv2d(y, weight, None, stride, padding))
+    if stride != (1, 1):
+        raise ValueError("a convolutional feedback keeps its layer's size, so its stride is 1")
+    return (lambda x, weight: F.conv2d(x, weight, None, stride, padding),
+            lambda y, weight: F.conv_transpose2d(y, weight, None, stride, padding))

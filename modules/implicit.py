@@ -69,23 +69,18 @@ class _ImplicitGradient(torch.autograd.Function):
         return None, ctx.solver(ctx.vjp, gradient), None, None
 
 
-def attach_gradient(rate: Tensor, equilibrium_map: Callable[[Tensor], Tensor], solver: BackwardSolver,
-                    jacobian_map: Callable[[Tensor], Tensor] = None) -> Tensor:
-    """`rate` itself, with the gradient of the equilibrium of `equilibrium_map` in whatever the map depends on.
-
-    The map is evaluated once, at `rate`, and its value discarded. J is taken there too; or, where a `jacobian_map` is given,
-    of that map, at the value of the first evaluation.
-
-    Shapes: `rate` (batch, …) without a gradient; the maps keep shape and dtype.
-    """
+def autograd_vjp(map: Callable[[Tensor], Tensor], point: Tensor) -> Callable[[Tensor], Tensor]:
+    """v ↦ Jᵀ v for J = ∂map/∂x at `point`, from the graph of one evaluation, kept for as long as the function lives."""
     with torch.enable_grad():
-        point = rate.detach().requires_grad_()
-        mapped = jacobian = equilibrium_map(point)
-        if jacobian_map is not None:
-            point = mapped.detach().requires_grad_()
-            jacobian = jacobian_map(point)
+        point = point.detach().requires_grad_()
+        mapped = map(point)
+    return lambda v: torch.autograd.grad(mapped, point, v, retain_graph=True)[0]
 
-    def vjp(v: Tensor) -> Tensor:
-        return torch.autograd.grad(jacobian, point, v, retain_graph=True)[0]
 
+def attach_gradient(rate: Tensor, mapped: Tensor, vjp: Callable[[Tensor], Tensor], solver: BackwardSolver) -> Tensor:
+    """`rate` itself, carrying the gradient of its equilibrium in the parameters.
+
+    `mapped` is f(rate, θ) with its graph in θ alone (its value is discarded), `vjp` the product v ↦ Jᵀ v, which keeps the shape
+    (batch, …) and dtype of `rate`.
+    """
     return _ImplicitGradient.apply(rate, mapped, vjp, solver)

@@ -5,10 +5,10 @@ from typing import Callable, List, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from modules.connection import Connection, dropout_mask
+from modules.connection import Connection, dropout_mask, masked
 from modules.feedback import Feedback
-from modules.implicit import BackwardSolver, attach_gradient
-from modules.neuron import Neuron, WeightedRate, neuron_step, rate_weights, resting_state
+from modules.implicit import BackwardSolver, attach_gradient, autograd_vjp
+from modules.neuron import Neuron, WeightedRate, equilibrium_rate, neuron_step, rate_weights, resting_state
 
 Observer = Callable[[int, List[Tensor]], None]
 
@@ -70,19 +70,21 @@ class FeedbackSNN(nn.Module):
         `rate` is (batch, *last layer's shape), `current` = F x̄ (batch, *first layer's shape) and `weight` the normalised
         feedback. Batch norms follow the module's mode; `track=False` leaves their running statistics alone.
         """
-        drive = current + self.feedback(rate, weight, masks.feedback)
-        rate = (drive / self.neuron.threshold).clamp(0, 1)
+        rate, _ = equilibrium_rate(current + self.feedback(rate, weight, masks.feedback), self.neuron)
         for connection, mask in zip(self.hidden, masks.hidden or [None] * len(self.hidden)):
-            rate = (connection(rate, mask, track) / self.neuron.threshold).clamp(0, 1)
+            rate, _ = equilibrium_rate(connection(rate, mask, track), self.neuron)
         return rate
 
     def _with_gradient(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks) -> Tensor:
-        def equilibrium_map(a: Tensor, track: bool = True) -> Tensor:
-            return self.equilibrium_map(a, current, weight, masks, track)
-
-        # With hidden layers J is taken at f(a); running statistics have already seen this batch in f's first evaluation.
-        jacobian_map = (lambda a: equilibrium_map(a, track=False)) if self.hidden else None
-        return attach_gradient(rate, equilibrium_map, self.solver, jacobian_map)
+        """`rate` with the implicit gradient; J is taken at the rate for one layer, at f(rate) with hidden layers."""
+        if not self.hidden:
+            mapped, slope = equilibrium_rate(current + self.feedback(rate, weight, masks.feedback), self.neuron)
+            gain = masked(slope, masks.feedback)
+            return attach_gradient(rate, mapped, lambda v: self.feedback.adjoint(v * gain, weight.detach()), self.solver)
+        mapped = self.equilibrium_map(rate, current, weight, masks)
+        # The running statistics have seen this batch in f's first evaluation.
+        vjp = autograd_vjp(lambda a: self.equilibrium_map(a, current.detach(), weight.detach(), masks, track=False), mapped)
+        return attach_gradient(rate, mapped, vjp, self.solver)
 
     @torch.no_grad()
     def _simulate(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor, masks: Masks,

@@ -1,6 +1,6 @@
 """Integrate-and-fire neurons, with and without leak, as pure functions of (current, state)."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Tuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,31 @@ def neuron_step(current: Tensor, state: NeuronState, neuron: Neuron) -> NeuronSt
     if neuron.leak != 1.0:
         potential.mul_(neuron.leak)
     potential.add_(current)
-    return NeuronState(potential, torch.ge(potential, neuron.threshold).to(potential.dtype))
+    # A comparison written straight to floats is several times faster on a CPU than a boolean tensor and its conversion.
+    return NeuronState(potential, torch.ge(potential, neuron.threshold, out=torch.empty_like(potential)))
+
+
+class _Saturate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, drive, threshold):
+        scaled = drive / threshold
+        rate = scaled.clamp(0, 1)
+        slope = torch.eq(rate, scaled, out=torch.empty_like(rate)).div_(threshold)
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(slope)
+        return rate, slope
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        return gradient * ctx.saved_tensors[0], None
+
+
+def equilibrium_rate(drive: Tensor, neuron: Neuron) -> Tuple[Tensor, Tensor]:
+    """The rate that a neuron settles at under a constant current, clamp(drive / V_th, 0, 1), and its slope in the current.
+
+    Both have the shape and dtype of `drive`; the rate is differentiable, the slope (1/V_th or 0) is not.
+    """
+    return _Saturate.apply(drive, neuron.threshold)
 
 
 def rate_weights(time_steps: int, leak: float, **tensor_options) -> Tensor:

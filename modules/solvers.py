@@ -1,6 +1,6 @@
 """Solvers of the fixed-point equation x = map(x), behind one function.
 
-A method is a small object that proposes the next x from the current x and map(x); `solve` drives it, measures the true
+A method is a small object that proposes the next x from x, map(x) and their difference; `solve` drives it, measures the true
 residual ‖map(x) − x‖ of every x it visits, and returns the best. Each iteration evaluates the map once. All inner products
 run over the whole batch: batch norm couples samples, so a method that iterates per sample would not converge.
 
@@ -11,6 +11,7 @@ For the linear maps of the implicit gradient, Anderson acceleration with an unli
 import math
 from typing import Callable, Dict, NamedTuple, Type
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ class Solution(NamedTuple):
 class FixedPoint:
     """x ← map(x), the Neumann series for a linear map; converges only where the spectral radius is below 1."""
 
-    def propose(self, x: Tensor, mapped: Tensor) -> Tensor:
+    def propose(self, x: Tensor, mapped: Tensor, residual: Tensor) -> Tensor:
         return mapped
 
 
@@ -42,29 +43,25 @@ class Anderson:
     regularisation = 1e-9
 
     def __init__(self):
-        self.mapped, self.residuals, self.gram = None, None, None
         self.count = 0
 
-    def propose(self, x: Tensor, mapped: Tensor) -> Tensor:
+    def propose(self, x: Tensor, mapped: Tensor, residual: Tensor) -> Tensor:
         if self.count == 0:
-            self.mapped = x.new_empty(self.memory, x.numel())
-            self.residuals = x.new_empty(self.memory, x.numel())
-            self.gram = torch.eye(self.memory, dtype=torch.float64)
+            self.mapped, self.residuals = (x.new_empty(self.memory, x.numel()) for _ in range(2))
+            self.gram = np.eye(self.memory)
         slot, used = self.count % self.memory, min(self.count + 1, self.memory)
         self.count += 1
         self.mapped[slot] = mapped.flatten()
-        torch.sub(mapped.flatten(), x.flatten(), out=self.residuals[slot])
-        products = (self.residuals[:used] @ self.residuals[slot]).double().cpu()
-        self.gram[slot, :used] = products
-        self.gram[:used, slot] = products
-        return (self._weights(used).to(x) @ self.mapped[:used]).view_as(x)
+        self.residuals[slot] = residual.flatten()
+        products = (self.residuals[:used] @ self.residuals[slot]).tolist()
+        self.gram[slot, :used] = self.gram[:used, slot] = products
+        weights = torch.as_tensor(self._weights(used), dtype=x.dtype, device=x.device)
+        return (weights @ self.mapped[:used]).view_as(x)
 
-    def _weights(self, used: int) -> Tensor:
+    def _weights(self, used: int) -> np.ndarray:
         gram = self.gram[:used, :used]
-        scale = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
-        scaled = gram * scale * scale[:, None]
-        scaled.diagonal().add_(self.regularisation)
-        weights = torch.linalg.solve(scaled, scale) * scale
+        scale = 1 / np.sqrt(np.maximum(gram.diagonal(), np.finfo(float).tiny))
+        weights = np.linalg.solve(gram * scale * scale[:, None] + self.regularisation * np.eye(used), scale) * scale
         return weights / weights.sum()
 
 
@@ -78,8 +75,8 @@ class Broyden:
         self.left, self.right = [], []
         self.previous = None
 
-    def propose(self, x: Tensor, mapped: Tensor) -> Tensor:
-        residual = (mapped - x).flatten()
+    def propose(self, x: Tensor, mapped: Tensor, residual: Tensor) -> Tensor:
+        residual = residual.flatten()
         if self.previous is not None:
             step, last_residual = self.previous
             change = residual - last_residual
@@ -118,10 +115,11 @@ def solve(map: Callable[[Tensor], Tensor], start: Tensor, method: str = "anderso
     best, x = Solution(start, math.inf, 0, False), start
     for iteration in range(1, max_iterations + 1):
         mapped = map(x)
-        residual = torch.dist(mapped, x).item() / scale
+        difference = mapped - x
+        residual = difference.norm().item() / scale
         if residual < best.residual:
             best = Solution(x, residual, iteration, residual <= tol)
         if best.converged or not math.isfinite(residual) or iteration == max_iterations:
             break
-        x = proposer.propose(x, mapped)
+        x = proposer.propose(x, mapped, difference)
     return best._replace(iterations=iteration)

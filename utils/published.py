@@ -38,3 +38,37 @@ def translate_state_dict(published: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """The network's tensors under this project's names; shapes are as published (g may be stored as a scalar or (1,))."""
     names = {name: translate_name(name) for name in published}
     return {new: published[old].reshape(()) if new == "feedback.g" else published[old] for old, new in names.items() if new}
+
+
+def translate_momentum(published: Dict[str, Tensor], optimizer: Optional[dict]) -> Dict[str, Dict[str, Tensor]]:
+    """The optimizer's state (SGD's momentum buffers, Adam's moments) by this project's parameter names.
+
+    Integer keys follow the registration order: connection by connection, the frozen copies, then the readout's two.
+    """
+    if not optimizer or not optimizer["state"]:
+        return {}
+    order = [name for name in sorted(filter(None, map(translate_name, published)), key=_registration_rank) if _is_parameter(name)]
+    keys = sorted(key for group in optimizer["param_groups"] for key in group["params"])
+    connections, readout = order[:-2], order[-2:]
+    positions = [*zip(connections, keys), *zip(readout, keys[-2:])]
+    return {name: {k: v for k, v in optimizer["state"][key].items() if v is not None}
+            for name, key in positions if key in optimizer["state"]}
+
+
+_WITHIN_CONNECTION = ["linear.weight", "linear.bias", "norm.weight", "norm.bias", "g", "w", "weight", "bias"]
+
+
+def _is_parameter(name: str) -> bool:
+    return _within(name) in _WITHIN_CONNECTION
+
+
+def _within(name: str) -> str:
+    return re.sub(r"^(input|feedback|readout|hidden\.\d+)\.", "", name)
+
+
+def _registration_rank(name: str) -> tuple:
+    """input, hidden 0…3, feedback, readout; within a connection as in `_WITHIN_CONNECTION`."""
+    module = name.split(".")[0]
+    layer = int(name.split(".")[1]) if module == "hidden" else 0
+    within = _WITHIN_CONNECTION.index(_within(name)) if _is_parameter(name) else len(_WITHIN_CONNECTION)
+    return ["input", "hidden", "feedback", "readout"].index(module), layer, within

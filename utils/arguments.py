@@ -1,0 +1,109 @@
+"""The command line that every training script shares: flags in groups, defaults from the script's recipe, values checked."""
+
+import argparse
+import math
+from typing import Any, Callable, Mapping, Optional, Sequence
+
+from modules.solvers import METHODS
+
+
+def parse_arguments(description: str, defaults: Mapping[str, Any], argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse `argv` (default: the command line). `defaults` overrides the shared defaults by attribute name.
+
+    A bad value ends the program with exit status 2 and a sentence that names the flag.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    _add_data_flags(parser)
+    _add_network_flags(parser)
+    _add_gradient_flags(parser)
+    _add_optimisation_flags(parser)
+    _add_run_flags(parser)
+    unknown = [name for name in defaults if not hasattr(parser.parse_args([]), name)]
+    assert not unknown, f"a recipe's defaults must be flags, unlike {unknown}"
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    if args.evaluate and not args.resume:
+        parser.error("argument --evaluate: name the checkpoint to evaluate with --resume FILE")
+    return args
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--path", default="./data", help="folder of the data set; fetched there if it is missing")
+    group.add_argument("-j", "--workers", type=whole(0), default=4,
+                       help="accepted for the published command lines and unused: data is kept in memory, ready to use")
+    group.add_argument("--train-batch", type=whole(1), default=128, help="training samples per step")
+    group.add_argument("--test-batch", type=whole(1), default=200, help="test samples per step")
+
+
+def _add_network_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("network")
+    group.add_argument("-t", "--time_step", "--time-step", type=whole(1), default=30, help="time steps T of the simulation")
+    group.add_argument("--vth", type=real(above=0), default=2.0, help="firing threshold V_th of every neuron")
+    group.add_argument("--leaky", type=real(), default=0.95,
+                       help="leak λ: the LIF model for 0 < λ < 1, the IF model without leak for any other value")
+    group.add_argument("--drop", "--dropout", dest="dropout", type=real(at_least=0, below=1), default=0.2,
+                       help="variational dropout: probability that a unit's input from one connection is dropped for a pass")
+
+
+def _add_gradient_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("implicit gradient")
+    group.add_argument("--solver", choices=sorted(METHODS), default="anderson", help="solver of (I − Jᵀ) v = ∂L/∂a")
+    group.add_argument("--tol", type=real(above=0), default=1e-3,
+                       help="residual, relative to ‖∂L/∂a‖, at which the solver stops; 1e-6 for comparisons of gradients")
+    group.add_argument("--threshold", type=whole(1), default=30, help="most solver iterations (products with Jᵀ) per step")
+
+
+def _add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=whole(1), default=100, help="epochs in all")
+    group.add_argument("--start-epoch", type=whole(0), default=None, help="number of the first epoch (default: the resumed one, or 0)")
+    group.add_argument("--optimizer", choices=("SGD", "Adam"), default="SGD", help="Adam uses betas 0.9 and 0.999")
+    group.add_argument("--lr", "--learning-rate", type=real(above=0), default=0.05, help="learning rate before any milestone")
+    group.add_argument("--schedule", type=whole(0), nargs="*", default=[30, 60, 90],
+                       help="milestones: epochs from which the learning rate is multiplied by --gamma once more")
+    group.add_argument("--gamma", type=real(above=0), default=0.1, help="factor of the learning rate at each milestone")
+    group.add_argument("--warmup", type=whole(0), default=0, help="iterations over which the learning rate rises linearly")
+    group.add_argument("--momentum", type=real(at_least=0, below=1), default=0.9, help="momentum of SGD")
+    group.add_argument("--weight-decay", "--wd", type=real(at_least=0), default=5e-4, help="L2 penalty on every parameter")
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("-c", "--checkpoint", default="checkpoint", metavar="DIR", help="folder for checkpoints, log and plots")
+    group.add_argument("--resume", default="", metavar="FILE", help="go on from this checkpoint, this project's or a published one")
+    group.add_argument("-e", "--evaluate", action="store_true", help="evaluate the --resume checkpoint on the test set and stop")
+    group.add_argument("--firing-rate", action="store_true", help="print firing rates per layer at the end, or with --evaluate")
+    group.add_argument("--manualSeed", "--seed", type=whole(0), default=None, help="random seed (default: drawn, and printed)")
+    group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
+    group.add_argument("--gpu-id", default="0", help="number of the CUDA device; without any CUDA device, ignored with a warning")
+
+
+def whole(at_least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `at_least`."""
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = at_least - 1
+        if value < at_least:
+            raise argparse.ArgumentTypeError(f"give a whole number of at least {at_least}, not {text!r}")
+        return value
+    return parse
+
+
+def real(above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number within the bounds."""
+    bounds = [f"above {above:g}" if above > -math.inf else "", f"of at least {at_least:g}" if at_least > -math.inf else "",
+              f"below {below:g}" if below < math.inf else ""]
+    wanted = " and ".join(filter(None, bounds))
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value > above and value >= at_least and value < below):
+            raise argparse.ArgumentTypeError(f"give a finite number {wanted}".rstrip() + f", not {text!r}")
+        return value
+    return parse

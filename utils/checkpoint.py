@@ -1,0 +1,110 @@
+"""Checkpoints: one file format to write, this project's and the published one to read."""
+
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+from utils.published import is_published, translate_momentum, translate_state_dict
+
+LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+
+
+@dataclass
+class Checkpoint:
+    """What a run needs to go on: `epoch` is the next to run, accuracies are in percent.
+
+    `optimizer` is this project's PyTorch optimizer state; from a published file, `momentum` holds its buffers by parameter name.
+    """
+
+    epoch: int
+    state_dict: Dict[str, Tensor]
+    acc: float
+    best_acc: float
+    optimizer: Optional[Dict[str, Any]] = None
+    momentum: Dict[str, Dict[str, Tensor]] = field(default_factory=dict)
+    random_state: Optional[Dict[str, Any]] = None
+    arguments: Dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write aside, flush to the disk and rename, so that `path` is always a whole file, the old one or the new."""
+    contents = {**vars(checkpoint), "torch_version": str(torch.__version__)}
+    aside = path.with_name(path.name + ".part")
+    with aside.open("wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint of either format onto the CPU; tensors and plain values only, nothing in the file is executed.
+
+    Raises UserError that names the file where it is missing, damaged or something else.
+    """
+    if not path.is_file():
+        raise UserError(f"--resume {path}: there is no such file")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"--resume {path}: the file is not a readable checkpoint (damaged, or not one at all)") from error
+    try:
+        return _from_contents(contents)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--resume {path}: the file holds no checkpoint of a feedback spiking network") from error
+
+
+def _from_contents(contents: Dict[str, Any]) -> Checkpoint:
+    state_dict = dict(contents["state_dict"])
+    common = dict(epoch=int(contents["epoch"]), acc=float(contents["acc"]), best_acc=float(contents["best_acc"]))
+    if is_published(state_dict):
+        momentum = translate_momentum(state_dict, contents.get("optimizer"))
+        return Checkpoint(state_dict=translate_state_dict(state_dict), momentum=momentum, **common)
+    return Checkpoint(state_dict=state_dict, optimizer=contents["optimizer"], random_state=contents["random_state"],
+                      arguments=contents["arguments"], **common)
+
+
+def restore_network(network: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
+    """Load the tensors; raises UserError if they belong to another network, naming the first that does not fit."""
+    own = network.state_dict()
+    for name in sorted(own.keys() | checkpoint.state_dict.keys()):
+        there, here = checkpoint.state_dict.get(name), own.get(name)
+        if there is None or here is None or there.shape != here.shape:
+            shapes = [f"of shape {tuple(tensor.shape)}" if tensor is not None else "missing" for tensor in (there, here)]
+            raise UserError(f"--resume {path}: a checkpoint of another network ({name} is {shapes[0]} in the file, {shapes[1]} in "
+                            "this network); use the script and flags that it was trained with")
+    network.load_state_dict(checkpoint.state_dict)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
+    """Load the optimizer's state (momentum included); raises UserError if another kind of optimizer wrote it."""
+    if checkpoint.optimizer is None:
+        parameters = dict(network.named_parameters())
+        for name, state in checkpoint.momentum.items():
+            optimizer.state[parameters[name]] = {key: value.to(parameters[name].device) for key, value in state.items()}
+        return
+    kind = checkpoint.arguments.get("optimizer")
+    if kind != type(optimizer).__name__:
+        raise UserError(f"--resume {path}: its optimizer is {kind}; go on with --optimizer {kind}")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": checkpoint.optimizer["state"], "param_groups": groups})
+
+
+def random_state() -> Dict[str, Any]:
+    """The states of every random generator in use."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def restore_random_state(state: Optional[Dict[str, Any]]) -> None:
+    if state is None:
+        return
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,31 @@
+"""Choice of the device to compute on."""
+
+import torch
+from termcolor import cprint
+
+from utils.errors import UserError
+
+
+def choose_device(name: str, gpu_id: str) -> torch.device:
+    """The device for `--device name --gpu-id gpu_id`; auto takes CUDA, else Apple's MPS, else the CPU.
+
+    Raises UserError where the device that was asked for is not there. Under auto on a machine without any CUDA device
+    --gpu-id is ignored with a warning, so that the published command lines, which all name a GPU, run there too.
+    """
+    if not gpu_id.isdecimal():
+        raise UserError(f"--gpu-id: give the number of one GPU, not {gpu_id!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if count else "mps" if mps else "cpu"
+        if name == "cpu" and gpu_id != "0":
+            cprint(f"No CUDA device is there: --gpu-id {gpu_id} is ignored and the CPU used.", "yellow")
+    if name == "cuda":
+        if count == 0:
+            raise UserError("--device cuda: PyTorch finds no CUDA device on this machine; use --device cpu")
+        if int(gpu_id) >= count:
+            raise UserError(f"--gpu-id {gpu_id}: this machine has {count} CUDA device(s), numbered from 0")
+        return torch.device("cuda", int(gpu_id))
+    if name == "mps" and not mps:
+        raise UserError("--device mps: PyTorch finds no MPS device on this machine; use --device cpu")
+    return torch.device(name)
