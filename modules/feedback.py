@@ -12,6 +12,31 @@ WeightedMap = Callable[[Tensor, Tensor], Tensor]
 INITIAL_POWER_ITERATIONS = 10
 
 
+def power_iteration(weight: Tensor, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """σ, u and v after one more iteration from u, v first: v = Wᵀu / ‖Wᵀu‖, σ = ‖W v‖ = uᵀ W v, u = W v / σ."""
+    matrix = weight.flatten(1)
+    v = F.normalize(u @ matrix, dim=0)
+    product = matrix @ v
+    sigma = torch.linalg.vector_norm(product).clamp_min(torch.finfo(product.dtype).tiny)
+    return sigma, product / sigma, v
+
+
+class _SpectralNormalise(torch.autograd.Function):
+    """w / σ(w), where ∂σ/∂W = u vᵀ, as u and v are held constant."""
+
+    @staticmethod
+    def forward(ctx, w, sigma, u, v):
+        normalised = w / sigma
+        ctx.save_for_backward(normalised, sigma, u, v)
+        return normalised
+
+    @staticmethod
+    def backward(ctx, gradient):
+        normalised, sigma, u, v = ctx.saved_tensors
+        along = torch.dot(gradient.flatten(), normalised.flatten())
+        return torch.addr(gradient.flatten(1), u * along, v, alpha=-1).div_(sigma).view_as(gradient), None, None, None
+
+
 class Feedback(nn.Module):
     """B = clamp(g, −1, 1) · w / σ(w), applied as a dense, convolutional or transposed convolutional map.
 
@@ -30,19 +55,9 @@ class Feedback(nn.Module):
         self.register_buffer("u", F.normalize(torch.randn(matrix.shape[0]), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(matrix.shape[1]), dim=0))
         for _ in range(INITIAL_POWER_ITERATIONS):
-            self._store(*self._power_iteration())
-        self.g = nn.Parameter(torch.dot(self.u, matrix @ self.v))
-
-    @torch.no_grad()
-    def _power_iteration(self) -> Tuple[Tensor, Tensor]:
-        """u and v after one more iteration, v first."""
-        matrix = self.w.flatten(1)
-        v = F.normalize(matrix.t() @ self.u, dim=0)
-        return F.normalize(matrix @ v, dim=0), v
-
-    def _store(self, u: Tensor, v: Tensor) -> None:
-        self.u.copy_(u)
-        self.v.copy_(v)
+            sigma, u, v = power_iteration(self.w.detach(), self.u)
+            self._store(u, v)
+        self.g = nn.Parameter(sigma)
 
     def normalised_weight(self) -> Tensor:
         """B for one forward pass, after one power iteration; differentiable in g and w with u and v held constant.
@@ -50,11 +65,14 @@ class Feedback(nn.Module):
         Training stores the advanced vectors. Evaluation advances from the stored ones and leaves them, so that it changes
         nothing and its result does not depend on the number or the order of its batches.
         """
-        u, v = self._power_iteration()
+        sigma, u, v = power_iteration(self.w.detach(), self.u)
         if self.training:
             self._store(u, v)
-        sigma = torch.dot(u, self.w.flatten(1) @ v)
-        return self.w * (self.g.clamp(-1, 1) / sigma)
+        return self.g.clamp(-1, 1) * _SpectralNormalise.apply(self.w, sigma, u, v)
+
+    def _store(self, u: Tensor, v: Tensor) -> None:
+        self.u.copy_(u)
+        self.v.copy_(v)
 
     def forward(self, spikes: Tensor, weight: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """mask · B s for spikes or rates (batch, …) of the last layer, with `weight` from `normalised_weight`."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from modules.connection import Connection, dropout_mask, masked
 from modules.feedback import Feedback
 from modules.implicit import BackwardSolver, attach_gradient, autograd_vjp
-from modules.neuron import Neuron, WeightedRate, equilibrium_rate, neuron_step, rate_weights, resting_state
+from modules.neuron import Neuron, SpikingLayer, equilibrium_rate, rate_weights
 
 Observer = Callable[[int, List[Tensor]], None]
 
@@ -90,23 +90,20 @@ class FeedbackSNN(nn.Module):
     def _simulate(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor, masks: Masks,
                   observe: Optional[Observer]) -> Tensor:
         """Firing rate of the last layer after T steps; `observe(t, spikes)` sees every layer's spikes at every step."""
-        hidden = [connection.frozen(mask) for connection, mask in zip(self.hidden, masks.hidden)]
+        hidden = [connection.frozen() for connection in self.hidden]
         if self.events:
             input_current = self.input.frozen(masks.input, statistics_of=mean_input if self.training else None)
-        states = [resting_state(current.new_empty(current.shape[0], *shape)) for shape in self.layer_shapes]
-        rate = WeightedRate(self.neuron.leak)
+        last = len(hidden)
+        layers = [SpikingLayer((len(current), *shape), current, self.neuron, with_rate=layer == last)
+                  for layer, shape in enumerate(self.layer_shapes)]
         for t in range(self.time_steps):
-            drive = input_current(x[t]) if self.events else current
-            if t > 0:
-                drive = drive + self.feedback(states[-1].spikes, weight, masks.feedback)
-            for layer, state in enumerate(states):
-                if layer > 0:
-                    drive = hidden[layer - 1](states[layer - 1].spikes)
-                states[layer] = neuron_step(drive, state, self.neuron)
-            rate.add(states[-1].spikes)
+            feedback = self.feedback(layers[-1].spikes, weight) if t > 0 else None
+            layers[0].step(input_current(x[t]) if self.events else current, feedback, masks.feedback)
+            for layer, before, connection, mask in zip(layers[1:], layers, hidden, masks.hidden):
+                layer.step(None, connection(before.spikes), mask)
             if observe is not None:
-                observe(t, [state.spikes for state in states])
-        return rate.value()
+                observe(t, [layer.spikes.clone() for layer in layers])
+        return layers[-1].rate()
 
     def _mean_input(self, x: Tensor) -> Tensor:
         """x̄: the input itself if static, else its mean over time with the weights of the firing rate."""

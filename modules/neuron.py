@@ -1,9 +1,11 @@
 """Integrate-and-fire neurons, with and without leak, as pure functions of (current, state)."""
 
-from typing import NamedTuple, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
+
+from modules import native
 
 
 class Neuron(NamedTuple):
@@ -83,22 +85,31 @@ def rate_weights(time_steps: int, leak: float, **tensor_options) -> Tensor:
     return (weights / weights.sum()).to(**tensor_options)
 
 
-class WeightedRate:
-    """Running firing rate of a layer: after T calls of `add`, `value()` is Σ_t λ^(T−1−t) s(t) / Σ_t λ^(T−1−t)."""
+class SpikingLayer:
+    """One layer during a simulation: its state, advanced in place step by step, and, if wanted, its firing rate.
 
-    def __init__(self, leak: float):
-        self.leak = leak
-        self.total = None
+    After T steps `rate()` is Σ_t λ^(T−1−t) s(t) / Σ_t λ^(T−1−t), of the layer's shape (batch, …).
+    """
+
+    def __init__(self, shape: Sequence[int], like: Tensor, neuron: Neuron, with_rate: bool = False):
+        self.neuron = neuron
+        self.potential, self.spikes = resting_state(like.new_empty(shape))
+        self.total = torch.zeros_like(self.spikes) if with_rate else None
         self.normaliser = 0.0
+        self._native = native.serves(self.spikes)
 
-    def add(self, spikes: Tensor) -> None:
-        self.normaliser = self.normaliser * self.leak + 1.0
-        if self.total is None:
-            self.total = spikes.clone()
+    def step(self, current: Optional[Tensor] = None, synaptic: Optional[Tensor] = None, mask: Optional[Tensor] = None) -> None:
+        """Advance by a time step under the current I = current + mask · synaptic, where what is absent adds nothing."""
+        self.normaliser = self.normaliser * self.neuron.leak + 1.0
+        if self._native:
+            native.neuron_step(current, synaptic, mask, self.potential, self.spikes, self.total, *self.neuron)
             return
-        if self.leak != 1.0:
-            self.total.mul_(self.leak)
-        self.total.add_(spikes)
+        if synaptic is not None:
+            synaptic = synaptic if mask is None else synaptic * mask
+            current = synaptic if current is None else current + synaptic
+        self.potential, self.spikes = neuron_step(current, NeuronState(self.potential, self.spikes), self.neuron)
+        if self.total is not None:
+            self.total.mul_(self.neuron.leak).add_(self.spikes)
 
-    def value(self) -> Tensor:
+    def rate(self) -> Tensor:
         return self.total / self.normaliser

@@ -9,7 +9,7 @@ For the linear maps of the implicit gradient, Anderson acceleration with an unli
 """
 
 import math
-from typing import Callable, Dict, NamedTuple, Type
+from typing import Callable, Dict, List, NamedTuple, Type
 
 import numpy as np
 import torch
@@ -43,26 +43,33 @@ class Anderson:
     regularisation = 1e-9
 
     def __init__(self):
+        self.mapped, self.residuals = [], []
+        self.gram = np.zeros((self.memory, self.memory))
         self.count = 0
 
     def propose(self, x: Tensor, mapped: Tensor, residual: Tensor) -> Tensor:
-        if self.count == 0:
-            self.mapped, self.residuals = (x.new_empty(self.memory, x.numel()) for _ in range(2))
-            self.gram = np.eye(self.memory)
-        slot, used = self.count % self.memory, min(self.count + 1, self.memory)
+        slot = self.count % self.memory
         self.count += 1
-        self.mapped[slot] = mapped.flatten()
-        self.residuals[slot] = residual.flatten()
-        products = (self.residuals[:used] @ self.residuals[slot]).tolist()
+        self.mapped[slot:slot + 1], self.residuals[slot:slot + 1] = [mapped], [residual.flatten()]
+        if self.count == 1 or self.memory == 1:
+            self.gram[0, 0] = torch.dot(self.residuals[0], self.residuals[0]).item()
+            return mapped
+        products = torch.stack([torch.dot(earlier, self.residuals[slot]) for earlier in self.residuals]).tolist()
+        used = len(products)
         self.gram[slot, :used] = self.gram[:used, slot] = products
-        weights = torch.as_tensor(self._weights(used), dtype=x.dtype, device=x.device)
-        return (weights @ self.mapped[:used]).view_as(x)
+        first, *others = zip(self.mapped, self._weights(used))
+        combined = torch.mul(*first)
+        for earlier, weight in others:
+            combined.add_(earlier, alpha=weight)
+        return combined
 
-    def _weights(self, used: int) -> np.ndarray:
+    def _weights(self, used: int) -> List[float]:
         gram = self.gram[:used, :used]
-        scale = 1 / np.sqrt(np.maximum(gram.diagonal(), np.finfo(float).tiny))
-        weights = np.linalg.solve(gram * scale * scale[:, None] + self.regularisation * np.eye(used), scale) * scale
-        return weights / weights.sum()
+        scale = np.maximum(gram.diagonal(), np.finfo(float).tiny) ** -0.5
+        scaled = gram * scale * scale[:, None]
+        scaled.flat[::used + 1] += self.regularisation
+        weights = np.linalg.solve(scaled, scale) * scale
+        return (weights / weights.sum()).tolist()
 
 
 class Broyden:
@@ -111,12 +118,12 @@ def solve(map: Callable[[Tensor], Tensor], start: Tensor, method: str = "anderso
     that residual. `start` has any shape and floating dtype.
     """
     proposer = METHODS[method]()
-    scale = start.norm().item() or 1.0
+    scale = torch.linalg.vector_norm(start).item() or 1.0
     best, x = Solution(start, math.inf, 0, False), start
     for iteration in range(1, max_iterations + 1):
         mapped = map(x)
         difference = mapped - x
-        residual = difference.norm().item() / scale
+        residual = torch.linalg.vector_norm(difference).item() / scale
         if residual < best.residual:
             best = Solution(x, residual, iteration, residual <= tol)
         if best.converged or not math.isfinite(residual) or iteration == max_iterations:
