@@ -22,19 +22,20 @@ def power_iteration(weight: Tensor, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
 
 
 class _SpectralNormalise(torch.autograd.Function):
-    """w / σ(w), where ∂σ/∂W = u vᵀ, as u and v are held constant."""
+    """gain · w / σ(w), where ∂σ/∂W = u vᵀ, as u and v are held constant."""
 
     @staticmethod
-    def forward(ctx, w, sigma, u, v):
-        normalised = w / sigma
-        ctx.save_for_backward(normalised, sigma, u, v)
-        return normalised
+    def forward(ctx, w, gain, sigma, u, v):
+        ctx.save_for_backward(w, gain, sigma, u, v)
+        return w * (gain / sigma)
 
     @staticmethod
     def backward(ctx, gradient):
-        normalised, sigma, u, v = ctx.saved_tensors
-        along = torch.dot(gradient.flatten(), normalised.flatten())
-        return torch.addr(gradient.flatten(1), u * along, v, alpha=-1).div_(sigma).view_as(gradient), None, None, None
+        w, gain, sigma, u, v = ctx.saved_tensors
+        along = torch.dot(gradient.flatten(), w.flatten()) / sigma
+        scale = gain / sigma
+        gradient_w = torch.addr((gradient * scale).flatten(1), u * (along * scale), v, alpha=-1)
+        return gradient_w.view_as(w), along, None, None, None
 
 
 class Feedback(nn.Module):
@@ -68,7 +69,7 @@ class Feedback(nn.Module):
         sigma, u, v = power_iteration(self.w.detach(), self.u)
         if self.training:
             self._store(u, v)
-        return self.g.clamp(-1, 1) * _SpectralNormalise.apply(self.w, sigma, u, v)
+        return _SpectralNormalise.apply(self.w, self.g.clamp(-1, 1), sigma, u, v)
 
     def _store(self, u: Tensor, v: Tensor) -> None:
         self.u.copy_(u)
