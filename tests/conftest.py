@@ -1,0 +1,15 @@
+"""Every test starts from the same random state, on one thread, with the project's folder importable."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

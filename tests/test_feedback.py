@@ -1,0 +1,78 @@
+"""Spectral normalisation, the adjoint of the feedback, and the initial weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from modules.connection import Connection, dropout_mask
+from modules.feedback import Feedback
+
+FEEDBACKS = {
+    "dense": (lambda: nn.Linear(6, 6, bias=False), (6,), (6,)),
+    "convolutional": (lambda: nn.Conv2d(3, 3, 5, padding=2, bias=False), (3, 7, 7), (3, 7, 7)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 3, 3, 2, 1, 1, bias=False), (4, 4, 4), (3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", FEEDBACKS)
+def test_sigma_converges_to_the_largest_singular_value(kind):
+    feedback = Feedback(FEEDBACKS[kind][0]()).double()
+    assert feedback.g.item() == pytest.approx(torch.linalg.svdvals(feedback.w.flatten(1))[0].item(), rel=0.1)
+    with torch.no_grad():
+        feedback.g.fill_(0.8)
+    for _ in range(3000):
+        weight = feedback.normalised_weight()
+    assert torch.linalg.svdvals(weight.flatten(1))[0].item() == pytest.approx(0.8, rel=1e-6)
+    with torch.no_grad():
+        feedback.g.fill_(-7.0)
+    torch.testing.assert_close(feedback.normalised_weight(), -weight / 0.8)
+
+
+@pytest.mark.parametrize("kind", FEEDBACKS)
+@pytest.mark.parametrize("g", [0.6, 3.0])
+def test_gradient_flows_through_sigma_with_u_and_v_constant(kind, g):
+    feedback = Feedback(FEEDBACKS[kind][0]()).double()
+    with torch.no_grad():
+        feedback.g.fill_(g)
+    weight = feedback.normalised_weight()
+    probe = torch.randn_like(weight)
+    (weight * probe).sum().backward()
+    w, gain = feedback.w.detach().requires_grad_(), feedback.g.detach().requires_grad_()
+    sigma = feedback.u @ w.flatten(1) @ feedback.v
+    naive = gain.clamp(-1, 1) * w / sigma
+    (naive * probe).sum().backward()
+    torch.testing.assert_close(weight, naive)
+    torch.testing.assert_close(feedback.w.grad, w.grad)
+    torch.testing.assert_close(feedback.g.grad, gain.grad)
+    assert g < 1 or feedback.g.grad == 0
+
+
+@pytest.mark.parametrize("kind", FEEDBACKS)
+def test_adjoint(kind):
+    build, last, first = FEEDBACKS[kind]
+    feedback = Feedback(build()).double()
+    weight = feedback.normalised_weight().detach()
+    s, v = torch.randn(2, *last, dtype=torch.float64), torch.randn(2, *first, dtype=torch.float64)
+    assert (feedback(s, weight) * v).sum().item() == pytest.approx((s * feedback.adjoint(v, weight)).sum().item(), rel=1e-10)
+
+
+def test_initial_filters_have_unit_norm_per_output_channel():
+    convolution = Connection(nn.Conv2d(3, 5, 3))
+    torch.testing.assert_close(convolution.linear.weight.flatten(1).norm(dim=1), torch.ones(5))
+    assert convolution.linear.bias.eq(0).all()
+    transposed = Feedback(FEEDBACKS["transposed"][0]())
+    torch.testing.assert_close(transposed.w.transpose(0, 1).flatten(1).norm(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_dropout_mask_is_bernoulli_over_its_keep_probability(p):
+    mask = dropout_mask((500, 1001), p, torch.empty(0))
+    assert mask.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-4)
+    assert mask.mean().item() == pytest.approx(1, abs=4 * (p / (1 - p) / mask.numel()) ** 0.5)
+    neighbours = torch.corrcoef(torch.stack([mask.flatten()[:-1], mask.flatten()[1:]]))[0, 1]
+    assert abs(neighbours) < 0.01, "units are dropped independently"
+
+
+def test_a_bias_in_the_feedback_is_refused():
+    with pytest.raises(ValueError, match="bias"):
+        Feedback(nn.Linear(3, 3))
