@@ -86,7 +86,7 @@ class Yardstick(nn.Module):
                 if layer == 0 and t > 0:
                     current = current + self.feedback(spikes[-1])
                 potentials[layer] = self.leak * (potentials[layer] - self.threshold * spikes[layer]) + current
-                spikes[layer] = (potentials[layer] >= self.threshold).float()
+                spikes[layer] = (potentials[layer] >= self.threshold).to(current.dtype)
             rate = rate * self.leak + spikes[-1]
             total = total * self.leak + 1
         norms[0].momentum = 0.1

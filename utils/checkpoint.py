@@ -37,11 +37,14 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write aside, flush to the disk and rename, so that `path` is always a whole file, the old one or the new."""
     contents = {**vars(checkpoint), "torch_version": str(torch.__version__)}
     aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -85,16 +88,19 @@ def restore_network(network: nn.Module, checkpoint: Checkpoint, path: Path) -> N
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
     """Load the optimizer's state (momentum included); raises UserError if another kind of optimizer wrote it."""
-    if checkpoint.optimizer is None:
-        parameters = dict(network.named_parameters())
-        for name, state in checkpoint.momentum.items():
-            optimizer.state[parameters[name]] = {key: value.to(parameters[name].device) for key, value in state.items()}
-        return
-    kind = checkpoint.arguments.get("optimizer")
+    kind = checkpoint.arguments.get("optimizer", "Adam" if _holds_moments(checkpoint.momentum) else "SGD")
     if kind != type(optimizer).__name__:
         raise UserError(f"--resume {path}: its optimizer is {kind}; go on with --optimizer {kind}")
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": checkpoint.optimizer["state"], "param_groups": groups})
+    if checkpoint.optimizer is not None:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": checkpoint.optimizer["state"], "param_groups": groups})
+    parameters = dict(network.named_parameters())
+    for name, state in checkpoint.momentum.items():
+        optimizer.state[parameters[name]] = {key: value.to(parameters[name].device) for key, value in state.items()}
+
+
+def _holds_moments(momentum: Dict[str, Dict[str, Tensor]]) -> bool:
+    return any("exp_avg" in state for state in momentum.values())
 
 
 def random_state() -> Dict[str, Any]:

@@ -1,6 +1,5 @@
 """What every training script does once its recipe is known: set up, train or evaluate, log, save."""
 
-import shutil
 import sys
 import time
 from argparse import Namespace
@@ -116,7 +115,7 @@ def _train(network: FeedbackSNN, train: Batches, test: Batches, args: Namespace,
                            random_state=random_state(), arguments=vars(args))
         save_checkpoint(state, folder / LATEST)
         if is_best:
-            shutil.copyfile(folder / LATEST, folder / BEST)
+            save_checkpoint(state, folder / BEST)
         log.append([rate(len(train) - 1), training.loss, testing.loss, training.top1, testing.top1])
     plots = log.plot()
     print(f"best test accuracy over epochs: {best:.2f} %\nplots of the log: {', '.join(map(str, plots))}")
