@@ -49,6 +49,7 @@ class Feedback(nn.Module):
         super().__init__()
         if linear.bias is not None:
             raise ValueError("a feedback connection has no bias: build its linear map with bias=False")
+        self.is_dense = isinstance(linear, nn.Linear)
         self._weighted, self._weighted_adjoint = _weighted_map(linear)
         self.w = nn.Parameter(torch.empty_like(linear.weight))
         unit_norm_filters_(self.w, output_dim=1 if isinstance(linear, nn.ConvTranspose2d) else 0)

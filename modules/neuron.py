@@ -85,6 +85,11 @@ def rate_weights(time_steps: int, leak: float, **tensor_options) -> Tensor:
     return (weights / weights.sum()).to(**tensor_options)
 
 
+def rate_normaliser(time_steps: int, leak: float) -> float:
+    """Σ_t λ^(T−1−t): what a neuron that spikes at every step sums up."""
+    return sum(leak**t for t in range(time_steps))
+
+
 class SpikingLayer:
     """One layer during a simulation: its state, advanced in place step by step, and, if wanted, its firing rate.
 
@@ -95,12 +100,12 @@ class SpikingLayer:
         self.neuron = neuron
         self.potential, self.spikes = resting_state(like.new_empty(shape))
         self.total = torch.zeros_like(self.spikes) if with_rate else None
-        self.normaliser = 0.0
+        self.steps = 0
         self._native = native.serves(self.spikes)
 
     def step(self, current: Optional[Tensor] = None, synaptic: Optional[Tensor] = None, mask: Optional[Tensor] = None) -> None:
         """Advance by a time step under the current I = current + mask · synaptic, where what is absent adds nothing."""
-        self.normaliser = self.normaliser * self.neuron.leak + 1.0
+        self.steps += 1
         if self._native:
             native.neuron_step(current, synaptic, mask, self.potential, self.spikes, self.total, *self.neuron)
             return
@@ -112,4 +117,4 @@ class SpikingLayer:
             self.total.mul_(self.neuron.leak).add_(self.spikes)
 
     def rate(self) -> Tensor:
-        return self.total / self.normaliser
+        return self.total / rate_normaliser(self.steps, self.neuron.leak)

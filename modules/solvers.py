@@ -21,7 +21,7 @@ class Solution(NamedTuple):
 
     value: Tensor
     residual: float
-    iterations: int
+    iterations: float
     converged: bool
 
 
