@@ -84,10 +84,10 @@ def simulate_dense(current: Tensor, weight: Tensor, mask: Optional[Tensor], time
 
     Returns Σ_t λ^(T−1−t) s(t) (batch, n) and, if wanted, all spikes (T, batch, n).
     """
-    current, sending = current.contiguous(), weight.t().contiguous()
+    current, weight = current.contiguous(), weight.contiguous()
     total = torch.empty_like(current)
     spikes = torch.empty(time_steps, *current.shape) if with_spikes else None
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (current, sending, mask, total, spikes)]
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (current, weight, mask, total, spikes)]
     _check(library().simulate_dense(*pointers, *current.shape, time_steps, threshold, leak))
     return total, spikes
 

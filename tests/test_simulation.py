@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from modules import native
-from modules.neuron import Neuron, NeuronState, SpikingLayer, make_neuron, neuron_step, rate_weights
+from modules.neuron import Neuron, NeuronState, make_neuron, neuron_step, rate_weights
 from tests import naive
 from tests.networks import KINDS, explicit_masks, small_network
 
@@ -114,24 +113,6 @@ def test_neuron_step_by_hand():
 @pytest.mark.parametrize("leak,expected", [(0.95, 0.95), (1, 1.0), (0, 1.0), (-3, 1.0), (7, 1.0)])
 def test_leak_outside_0_and_1_is_the_if_model(leak, expected):
     assert make_neuron(2.0, leak).leak == expected
-
-
-@pytest.mark.skipif(native.library() is None, reason="no C compiler, so no native kernel to compare")
-@pytest.mark.parametrize("leak", [0.95, 1.0])
-@pytest.mark.parametrize("parts", ["current", "synaptic", "current synaptic", "synaptic mask", "current synaptic mask"])
-def test_native_step_equals_pytorch_bit_for_bit(leak, parts, monkeypatch):
-    shape, neuron = (37, 1031), make_neuron(2.0, leak)
-    like = torch.empty(1)
-    fast, plain = (SpikingLayer(shape, like, neuron, with_rate=True) for _ in range(2))
-    assert fast._native
-    plain._native = False
-    for _ in range(8):
-        given = {"current": torch.randn(shape) + 0.5, "synaptic": torch.randn(shape), "mask": torch.rand(shape).ge(0.2) / 0.8}
-        given = {name: given[name] for name in parts.split()}
-        fast.step(**given)
-        plain.step(**given)
-        assert torch.equal(fast.spikes, plain.spikes) and torch.equal(fast.potential, plain.potential)
-    assert torch.equal(fast.rate(), plain.rate()) and 0 < fast.rate().mean() < 1
 
 
 def test_input_of_a_wrong_shape_is_refused():
