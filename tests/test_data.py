@@ -13,7 +13,7 @@ from utils import datasets
 from utils.batches import Batches, Samples
 from utils.datasets import load_fashion_mnist
 from utils.idx import read_idx
-from utils.sources import Source
+from utils.sources import Source, fetch_from
 
 
 def test_reads_raw_and_compressed_files_alike(tmp_path, capsys):
@@ -80,3 +80,11 @@ def test_torchvision_is_imported_late_and_works():
             "from utils.torchvision_import import import_torchvision as load; a = load(); assert load() is a;"
             "assert a.transforms.ToTensor() and a.datasets.FashionMNIST")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_sources_get_an_absolute_folder_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    Path("scratch").mkdir()
+    assert fetch_from([Source("here", seen.append)], Path("scratch"), lambda folder: None, "a data set") == "here"
+    assert seen[0].is_absolute() and seen[0].is_dir()

@@ -72,7 +72,7 @@ def fetch_from(sources: Sequence[Source], scratch: Path, place: Callable[[Path],
     """
     reasons = []
     for number, source in enumerate(sources):
-        folder = scratch / str(number)
+        folder = (scratch / str(number)).resolve()  # Absolute, as clients run inside it.
         folder.mkdir()
         try:
             source.fetch(folder)
