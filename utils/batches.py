@@ -1,23 +1,36 @@
-"""Batches of a data set that lies in memory as tensors, already normalised."""
+"""Batches of a data set that lies in memory as tensors."""
 
-from typing import Iterator, NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 
+def as_they_are(inputs: Tensor) -> Tensor:
+    return inputs
+
+
 class Samples(NamedTuple):
-    """Inputs (N, …) float32 and labels (N,) int64 on one device."""
+    """Inputs (N, …) as they are kept and labels (N,) int64, on one device.
+
+    `prepare` turns a batch of kept inputs into what the network takes (batch, …), or (T, batch, …) for events: unpacking,
+    augmentation, normalisation. Inputs that are kept ready to use need none.
+    """
 
     inputs: Tensor
     labels: Tensor
+    prepare: Callable[[Tensor], Tensor] = as_they_are
 
     def to(self, device: torch.device) -> "Samples":
-        return Samples(self.inputs.to(device), self.labels.to(device))
+        return self._replace(inputs=self.inputs.to(device), labels=self.labels.to(device))
+
+    def first(self, count: Optional[int]) -> "Samples":
+        """The first `count` samples; all of them for None."""
+        return self._replace(inputs=self.inputs[:count], labels=self.labels[:count])
 
 
 class Batches:
-    """Iterates over `samples` in batches of at most `size`; in a new random order each time if `shuffled`.
+    """Iterates over `samples` in prepared batches of at most `size`; in a new random order each time if `shuffled`.
 
     The order comes from PyTorch's CPU generator, so a restored random state restores it.
     """
@@ -29,14 +42,14 @@ class Batches:
         return -(-len(self.samples.labels) // self.size)
 
     def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
-        inputs, labels = self.samples
+        inputs, labels, prepare = self.samples
         order = self._order()
         for start in range(0, len(labels), self.size):
             if order is None:
-                yield inputs[start:start + self.size], labels[start:start + self.size]
+                yield prepare(inputs[start:start + self.size]), labels[start:start + self.size]
             else:
                 chosen = order[start:start + self.size]
-                yield inputs.index_select(0, chosen), labels.index_select(0, chosen)
+                yield prepare(inputs.index_select(0, chosen)), labels.index_select(0, chosen)
 
     def _order(self) -> Optional[Tensor]:
         return torch.randperm(len(self.samples.labels)).to(self.samples.labels.device) if self.shuffled else None
