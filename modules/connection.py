@@ -1,13 +1,14 @@
 """Feedforward connections: a linear map, batch normalisation and a variational dropout mask, in this order."""
 
 import math
-from typing import Callable, Optional, Sequence, Union
+from typing import Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LinearMap = Union[nn.Linear, nn.Conv2d]
+from modules.linear_map import LinearMap, scaled_filters
+from modules.simulation import Synapses
 
 
 def unit_norm_filters_(weight: Tensor, output_dim: int = 0) -> None:
@@ -42,19 +43,16 @@ class Connection(nn.Module):
     updated, in training; running statistics in evaluation. A simulation holds the statistics fixed (`frozen`).
     """
 
-    def __init__(self, linear: LinearMap):
+    def __init__(self, linear: Union[nn.Linear, nn.Conv2d]):
         super().__init__()
-        self.linear = linear
+        self.linear, self.map = linear, LinearMap.of(linear)
         unit_norm_filters_(linear.weight)
         nn.init.zeros_(linear.bias)
         self.norm = nn.BatchNorm1d(linear.out_features) if isinstance(linear, nn.Linear) else nn.BatchNorm2d(linear.out_channels)
 
     def output_shape(self, input_shape: Sequence[int]) -> tuple:
         """Shape of one sample's output for one sample's input, both without the batch dimension."""
-        if isinstance(self.linear, nn.Linear):
-            return (self.linear.out_features,)
-        sizes = zip(input_shape[1:], self.linear.kernel_size, self.linear.stride, self.linear.padding)
-        return (self.linear.out_channels, *((size + 2 * pad - kernel) // stride + 1 for size, kernel, stride, pad in sizes))
+        return self.map.output_shape(input_shape, self.linear.weight)
 
     def forward(self, x: Tensor, mask: Optional[Tensor] = None, track: bool = True) -> Tensor:
         """The connection in the module's mode. `track=False` leaves the running statistics alone in training mode too."""
@@ -63,7 +61,7 @@ class Connection(nn.Module):
             return masked(self.norm(y), mask)
         return masked(F.batch_norm(y, None, None, self.norm.weight, self.norm.bias, training=True, eps=self.norm.eps), mask)
 
-    def frozen(self, mask: Optional[Tensor] = None, statistics_of: Optional[Tensor] = None) -> Callable[[Tensor], Tensor]:
+    def frozen(self, input_shape: Sequence[int], statistics_of: Optional[Tensor] = None) -> Synapses:
         """The connection as a fixed affine map, batch norm folded into weight and bias, for use at every time step.
 
         It normalises with the running statistics, or, where an input `statistics_of` is given, with the mean and biased
@@ -73,9 +71,8 @@ class Connection(nn.Module):
         if statistics_of is not None:
             y = self.linear(statistics_of)
             variance, mean = torch.var_mean(y, dim=[0, *range(2, y.dim())], correction=0)
-        scale = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
-        weight = self.linear.weight * scale.view(-1, *[1] * (self.linear.weight.dim() - 1))
+        # Folded in float64 and rounded once: a spike hangs on the last digits of a membrane potential.
+        scale = self.norm.weight.double() * torch.rsqrt(variance.double() + self.norm.eps)
         bias = (self.linear.bias - mean) * scale + self.norm.bias
-        if isinstance(self.linear, nn.Linear):
-            return lambda x: masked(F.linear(x, weight, bias), mask)
-        return lambda x: masked(F.conv2d(x, weight, bias, self.linear.stride, self.linear.padding), mask)
+        weight = scaled_filters(self.map, self.linear.weight, scale)
+        return Synapses(self.map, weight.to(mean.dtype), bias.to(mean.dtype), input_shape)

@@ -1,14 +1,14 @@
 """The feedback connection: a spectrally normalised weight without bias or batch norm (method section 3)."""
 
-from typing import Callable, Optional, Tuple, Union
+from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.connection import masked, unit_norm_filters_
+from modules.linear_map import LinearMap
 
-WeightedMap = Callable[[Tensor, Tensor], Tensor]
 INITIAL_POWER_ITERATIONS = 10
 
 
@@ -49,10 +49,9 @@ class Feedback(nn.Module):
         super().__init__()
         if linear.bias is not None:
             raise ValueError("a feedback connection has no bias: build its linear map with bias=False")
-        self.is_dense = isinstance(linear, nn.Linear)
-        self._weighted, self._weighted_adjoint = _weighted_map(linear)
+        self.map = LinearMap.of(linear)
         self.w = nn.Parameter(torch.empty_like(linear.weight))
-        unit_norm_filters_(self.w, output_dim=1 if isinstance(linear, nn.ConvTranspose2d) else 0)
+        unit_norm_filters_(self.w, self.map.filter_dim())
         matrix = self.w.detach().flatten(1)
         self.register_buffer("u", F.normalize(torch.randn(matrix.shape[0]), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(matrix.shape[1]), dim=0))
@@ -78,22 +77,4 @@ class Feedback(nn.Module):
 
     def forward(self, spikes: Tensor, weight: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """mask · B s for spikes or rates (batch, …) of the last layer, with `weight` from `normalised_weight`."""
-        return masked(self._weighted(spikes, weight), mask)
-
-    def adjoint(self, v: Tensor, weight: Tensor) -> Tensor:
-        """Bᵀ v, from (batch, *first layer's shape) to (batch, *last layer's shape)."""
-        return self._weighted_adjoint(v, weight)
-
-
-def _weighted_map(linear: nn.Module) -> Tuple[WeightedMap, WeightedMap]:
-    """The functions (input, weight) → output of a linear layer without bias, and (output, weight) → input of its adjoint."""
-    if isinstance(linear, nn.Linear):
-        return F.linear, torch.matmul
-    stride, padding = linear.stride, linear.padding
-    if isinstance(linear, nn.ConvTranspose2d):
-        return (lambda x, weight: F.conv_transpose2d(x, weight, None, stride, padding, linear.output_padding),
-                lambda y, weight: F.conv2d(y, weight, None, stride, padding))
-    if stride != (1, 1):
-        raise ValueError("a convolutional feedback keeps its layer's size, so its stride is 1")
-    return (lambda x, weight: F.conv2d(x, weight, None, stride, padding),
-            lambda y, weight: F.conv_transpose2d(y, weight, None, stride, padding))
+        return masked(self.map(spikes, weight), mask)

@@ -4,12 +4,14 @@ At a = f(a, θ) the loss's gradient g = ∂L/∂a reaches the parameters as vᵀ
 """
 
 from dataclasses import dataclass
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from modules import native
+from modules.event_driven import event_map, kernel_layout
+from modules.linear_map import LinearMap
 from modules.solvers import METHODS, Anderson, Solution, solve
 
 
@@ -33,22 +35,37 @@ class SolveTally:
         return self.iterations / max(self.solves, 1)
 
 
-class DenseProduct(NamedTuple):
-    """v ↦ Jᵀ v = (gain · v) W of one dense layer fed back onto itself: weight W (n, n), gain (batch, n)."""
+# The fraction of units whose equilibrium rate can change below which the C kernel's solve beats PyTorch's dense products.
+EVENT_DRIVEN_BELOW = 0.4
 
+
+class LayerProduct(NamedTuple):
+    """v ↦ Jᵀ v = Bᵀ (gain · v) of one layer fed back onto itself: its feedback's map and weight, and gain (batch, *layer shape)."""
+
+    map: LinearMap
     weight: Tensor
     gain: Tensor
 
     def __call__(self, v: Tensor) -> Tensor:
-        return (v * self.gain) @ self.weight
+        return self.map.adjoint(v * self.gain, self.weight)
+
+    def solve_by_kernel(self, gradient: Tensor, tol: float, max_iterations: int) -> Optional[Solution]:
+        """Solve v = gradient + Jᵀ v by the C kernel, sample by sample, or None where it can't serve or would be slower."""
+        if not native.serves(gradient) or self.gain.count_nonzero() >= EVENT_DRIVEN_BELOW * self.gain.numel():
+            return None
+        mirrored, weight = self.map.mirrored(self.weight)
+        adjoint = event_map(mirrored, weight, None, self.gain.shape[1:])
+        value, residual, products = native.solve_layer(adjoint, kernel_layout(self.gain), kernel_layout(gradient), tol, max_iterations,
+                                                       Anderson.regularisation)
+        return Solution(value, residual, products, residual <= tol)
 
 
 class BackwardSolver:
     """Solves v = g + Jᵀ v from v = g to a relative residual `tol`, in at most `max_iterations` products with Jᵀ.
 
     A residual of 1e-3 gives the parameters' gradient to about 5e-4, less than what stands between the rates after T steps and
-    the true equilibrium. `tally` counts the solves and those that did not converge. On a CPU, the samples of a dense layer, which are
-    independent, are solved one by one by a C kernel to the same joint residual; the iterations counted are then their mean.
+    the true equilibrium. `tally` counts the solves and those that did not converge. On a CPU, the samples of a single-layer network,
+    which are independent, are solved one by one by a C kernel to the same joint residual; the iterations counted are then their mean.
     """
 
     def __init__(self, method: str = "anderson", tol: float = 1e-3, max_iterations: int = 30):
@@ -60,10 +77,10 @@ class BackwardSolver:
         self.tally = SolveTally()
 
     def __call__(self, vjp: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
-        if isinstance(vjp, DenseProduct) and self.method == "anderson" and native.serves(gradient):
-            value, residual, products = native.solve_dense(*vjp, gradient, self.tol, self.max_iterations, Anderson.regularisation)
-            solution = Solution(value, residual, products, residual <= self.tol)
-        else:
+        solution = None
+        if isinstance(vjp, LayerProduct) and self.method == "anderson":
+            solution = vjp.solve_by_kernel(gradient, self.tol, self.max_iterations)
+        if solution is None:
             solution = solve(lambda v: gradient + vjp(v), gradient, self.method, self.tol, self.max_iterations)
         self.tally.add(solution)
         return solution.value

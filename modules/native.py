@@ -1,4 +1,4 @@
-"""Builds and calls the CPU kernels in native*.c; without a C compiler there are none and PyTorch serves."""
+"""Builds and calls the CPU kernels in native_*.c; without a C compiler there are none and PyTorch serves."""
 
 import ctypes
 import functools
@@ -9,16 +9,30 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import TYPE_CHECKING, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-_SOURCES = sorted(Path(__file__).parent.glob("native*.c"))
-# -ffp-contract=off keeps every rounding as PyTorch's. The link step names no OpenMP library: the symbols resolve to the one that
-# PyTorch has loaded, and both share one set of threads.
-_COMPILE = ["cc", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", *(["-fopenmp"] if sys.platform == "linux" else []), "-c"]
+if TYPE_CHECKING:
+    from modules.event_driven import EventMap
+
+PANEL = 32  # as in native.h
+
+_FOLDER = Path(__file__).parent
+# Fused multiply-adds serve the products; the neuron update goes without, so that its roundings are PyTorch's. The link step names
+# no OpenMP library: the symbols resolve to the one that PyTorch has loaded, and both share one set of threads.
+_COMPILE = ["cc", "-O3", "-march=native", "-fPIC", *(["-fopenmp"] if sys.platform == "linux" else []), "-c"]
+_SOURCES = {"native_neuron.c": ["-ffp-contract=off"], "native_events.c": ["-ffp-contract=fast"],
+            "native_solve.c": ["-ffp-contract=fast"]}
 _LINK = ["cc", "-shared", "-lm"]
+
+
+class MapStruct(ctypes.Structure):
+    """`struct map` of native.h."""
+
+    _fields_ = [(name, ctypes.c_ssize_t) for name in ("in_positions", "in_channels", "out_positions", "out_channels", "rows")] + \
+               [(name, ctypes.c_void_p) for name in ("segments", "first", "to", "row")]
 
 
 @functools.lru_cache(maxsize=None)
@@ -36,9 +50,9 @@ def library() -> Optional[ctypes.CDLL]:
         return None
     pointer, size, real, double = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float, ctypes.c_double
     kernels.neuron_step.argtypes = [pointer] * 6 + [size, real, real]
-    kernels.neuron_step.restype = None
-    kernels.simulate_dense.argtypes = [pointer] * 5 + [size] * 3 + [real, real]
-    kernels.solve_dense.argtypes = [pointer] * 4 + [size] * 2 + [double, size, double] + [pointer] * 2
+    kernels.spike_step.argtypes = [pointer] * 9 + [size, real, real]
+    kernels.neuron_step.restype = kernels.spike_step.restype = size
+    kernels.solve_layer.argtypes = [pointer] * 5 + [size, double, size, double] + [pointer] * 2
     return kernels
 
 
@@ -46,17 +60,18 @@ def _build() -> Path:
     """Path of the shared library for this source, these flags and this processor, compiled if it is not there yet."""
     cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0] if Path("/proc/cpuinfo").exists() else ""
     model = [line for line in cpu.splitlines() if line.startswith(("model name", "flags"))]
-    sources = b"".join(source.read_bytes() for source in _SOURCES)
-    key = hashlib.sha256(sources + repr((_COMPILE, _LINK, model)).encode()).hexdigest()[:16]
+    sources = b"".join((_FOLDER / name).read_bytes() for name in ("native.h", *_SOURCES))
+    key = hashlib.sha256(sources + repr((_COMPILE, _SOURCES, _LINK, model)).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "feedback-snn"
     path = folder / f"native-{key}.so"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        shared, objects = f"{scratch}/native.so", [f"{scratch}/{source.stem}.o" for source in _SOURCES]
-        compiling = [[*_COMPILE, str(source), "-o", made] for source, made in zip(_SOURCES, objects)]
-        for command in (*compiling, [*_LINK, *objects, "-o", shared]):
+        objects = {name: f"{scratch}/{name}.o" for name in _SOURCES}
+        compiling = [[*_COMPILE, *flags, str(_FOLDER / name), "-o", objects[name]] for name, flags in _SOURCES.items()]
+        shared = f"{scratch}/native.so"
+        for command in (*compiling, [*_LINK, *objects.values(), "-o", shared]):
             subprocess.run(command, check=True, capture_output=True, timeout=60)
         os.replace(shared, path)
     return path
@@ -68,46 +83,54 @@ def serves(tensor: Tensor) -> bool:
 
 
 def neuron_step(current: Optional[Tensor], synaptic: Optional[Tensor], mask: Optional[Tensor], potential: Tensor, spikes: Tensor,
-                total: Optional[Tensor], threshold: float, leak: float) -> None:
+                total: Optional[Tensor], threshold: float, leak: float) -> int:
     """One time step in place: I = current + mask · synaptic, then `modules.neuron.neuron_step`, then total ← λ total + s.
 
-    All tensors are float32, on the CPU and of one shape; at least one of `current` and `synaptic` is given.
+    All tensors are float32, on the CPU, of one shape and one dense memory layout; at least one of `current` and `synaptic` is given.
+    Returns the number of spikes.
     """
-    tensors = [None if tensor is None else tensor.contiguous() for tensor in (current, synaptic, mask)]
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*tensors, potential, spikes, total)]
-    library().neuron_step(*pointers, potential.numel(), threshold, leak)
+    return library().neuron_step(*map(_pointer, (current, synaptic, mask, potential, spikes, total)), potential.numel(), threshold, leak)
 
 
-def simulate_dense(current: Tensor, weight: Tensor, mask: Optional[Tensor], time_steps: int, threshold: float, leak: float,
-                   with_spikes: bool = False) -> Tuple[Tensor, Optional[Tensor]]:
-    """Simulate one dense layer under a constant current (batch, n) with feedback `mask · weight s` (n, n) onto itself.
+def spike_step(synapses: "EventMap", source: Tensor, current: Optional[Tensor], mask: Optional[Tensor], potential: Tensor,
+               spikes: Tensor, total: Optional[Tensor], threshold: float, leak: float) -> int:
+    """The same, with the synaptic current computed from the spikes `source` by an event-driven map: I = current + mask · (W s + b).
 
-    Returns Σ_t λ^(T−1−t) s(t) (batch, n) and, if wanted, all spikes (T, batch, n).
+    All tensors are float32, on the CPU and laid out as `kernel_layout` gives them. Returns the number of spikes.
     """
-    current, weight = current.contiguous(), weight.contiguous()
-    total = torch.empty_like(current)
-    spikes = torch.empty(time_steps, *current.shape) if with_spikes else None
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (current, weight, mask, total, spikes)]
-    _check(library().simulate_dense(*pointers, *current.shape, time_steps, threshold, leak))
-    return total, spikes
+    pointers = map(_pointer, (synapses.packed, synapses.bias, source, current, mask, potential, spikes, total))
+    return _check(library().spike_step(synapses.geometry.pointer, *pointers, len(source), threshold, leak))
 
 
-def solve_dense(weight: Tensor, gain: Tensor, gradient: Tensor, tol: float, max_iterations: int,
+def apply(synapses: "EventMap", source: Tensor) -> Tensor:
+    """W s + b for spikes `source` by an event-driven map; both are laid out as `kernel_layout` gives them."""
+    out = synapses.empty_output(len(source))
+    pointers = map(_pointer, (synapses.packed, synapses.bias, source, None, None, None, out, None))
+    _check(library().spike_step(synapses.geometry.pointer, *pointers, len(source), 0.0, 0.0))
+    return out
+
+
+def solve_layer(adjoint: "EventMap", gain: Tensor, gradient: Tensor, tol: float, max_iterations: int,
                 regularisation: float) -> Tuple[Tensor, float, float]:
-    """Solve v = gradient + (gain · v) weight by Anderson acceleration, each sample on its own; (batch, n) and weight (n, n).
+    """Solve v = gradient + Bᵀ (gain · v) by Anderson acceleration, each sample on its own; `adjoint` is Bᵀ, from a layer to itself.
 
     Every sample iterates until its residual is at most tol ‖gradient‖ / √batch, the norm being that of the whole batch, which
-    bounds the joint relative residual by `tol`. Returns v, that joint residual, and the mean number of products per sample.
+    bounds the joint relative residual by `tol`. Tensors are (batch, *layer shape), laid out as `kernel_layout` gives them. Returns v,
+    that joint residual, and the mean number of products per sample.
     """
-    weight, gain, gradient = weight.contiguous(), gain.contiguous(), gradient.contiguous()
     v, squares, products = torch.empty_like(gradient), ctypes.c_double(), ctypes.c_ssize_t()
     norm = torch.linalg.vector_norm(gradient).item() or 1.0
-    pointers = [tensor.data_ptr() for tensor in (weight, gain, gradient, v)]
-    _check(library().solve_dense(*pointers, *gradient.shape, tol * norm / len(gradient) ** 0.5, max_iterations, regularisation,
-                                 ctypes.byref(squares), ctypes.byref(products)))
+    pointers = map(_pointer, (adjoint.packed, gain, gradient, v))
+    _check(library().solve_layer(adjoint.geometry.pointer, *pointers, len(gradient), tol * norm / len(gradient) ** 0.5, max_iterations,
+                                 regularisation, ctypes.byref(squares), ctypes.byref(products)))
     return v, squares.value ** 0.5 / norm, products.value / len(gradient)
 
 
-def _check(status: int) -> None:
-    if status != 0:
+def _pointer(tensor: Optional[Tensor]) -> Optional[int]:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(status: int) -> int:
+    if status < 0:
         raise MemoryError("a CPU kernel found no memory")
+    return status

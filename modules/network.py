@@ -1,25 +1,15 @@
 """The feedback spiking network: one class that simulates T time steps and evaluates its equilibrium map."""
 
-from typing import Callable, List, NamedTuple, Optional, Sequence
+from typing import List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from modules import native
-from modules.connection import Connection, dropout_mask, masked
+from modules.connection import Connection, dropout_mask
 from modules.feedback import Feedback
-from modules.implicit import BackwardSolver, DenseProduct, attach_gradient, autograd_vjp
-from modules.neuron import Neuron, SpikingLayer, equilibrium_rate, rate_normaliser, rate_weights
-
-Observer = Callable[[int, List[Tensor]], None]
-
-
-class Masks(NamedTuple):
-    """The dropout masks of one pass, (batch, *layer shape) each, or None where nothing is dropped."""
-
-    input: Optional[Tensor] = None
-    hidden: Sequence[Optional[Tensor]] = ()
-    feedback: Optional[Tensor] = None
+from modules.implicit import BackwardSolver, LayerProduct, attach_gradient, autograd_vjp
+from modules.neuron import Neuron, equilibrium_rate, rate_weights
+from modules.simulation import EventInput, Loop, Masks, Observer, StaticInput, Synapses, simulate
 
 
 class FeedbackSNN(nn.Module):
@@ -80,9 +70,8 @@ class FeedbackSNN(nn.Module):
         """`rate` with the implicit gradient; J is taken at the rate for one layer, at f(rate) with hidden layers."""
         if not self.hidden:
             mapped, slope = equilibrium_rate(current + self.feedback(rate, weight, masks.feedback), self.neuron)
-            gain, weight = masked(slope, masks.feedback), weight.detach()
-            vjp = DenseProduct(weight, gain) if self.feedback.is_dense else lambda v: self.feedback.adjoint(v * gain, weight)
-            return attach_gradient(rate, mapped, vjp, self.solver)
+            gain = slope if masks.feedback is None else slope * masks.feedback
+            return attach_gradient(rate, mapped, LayerProduct(self.feedback.map, weight.detach(), gain), self.solver)
         mapped = self.equilibrium_map(rate, current, weight, masks)
         # The running statistics have seen this batch in f's first evaluation.
         vjp = autograd_vjp(lambda a: self.equilibrium_map(a, current.detach(), weight.detach(), masks, track=False), mapped)
@@ -92,29 +81,13 @@ class FeedbackSNN(nn.Module):
     def _simulate(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor, masks: Masks,
                   observe: Optional[Observer]) -> Tensor:
         """Firing rate of the last layer after T steps; `observe(t, spikes)` sees every layer's spikes at every step."""
-        if self.feedback.is_dense and not self.hidden and not self.events and native.serves(current):
-            return self._simulate_dense(current, weight, masks, observe)
-        hidden = [connection.frozen() for connection in self.hidden]
+        source = StaticInput(current)
         if self.events:
-            input_current = self.input.frozen(masks.input, statistics_of=mean_input if self.training else None)
-        last = len(hidden)
-        layers = [SpikingLayer((len(current), *shape), current, self.neuron, with_rate=layer == last)
-                  for layer, shape in enumerate(self.layer_shapes)]
-        for t in range(self.time_steps):
-            feedback = self.feedback(layers[-1].spikes, weight) if t > 0 else None
-            layers[0].step(input_current(x[t]) if self.events else current, feedback, masks.feedback)
-            for layer, before, connection, mask in zip(layers[1:], layers, hidden, masks.hidden):
-                layer.step(None, connection(before.spikes), mask)
-            if observe is not None:
-                observe(t, [layer.spikes.clone() for layer in layers])
-        return layers[-1].rate()
-
-    def _simulate_dense(self, current: Tensor, weight: Tensor, masks: Masks, observe: Optional[Observer]) -> Tensor:
-        """The same for one dense layer under a static input, whose samples are independent, by a C kernel."""
-        total, spikes = native.simulate_dense(current, weight, masks.feedback, self.time_steps, *self.neuron, observe is not None)
-        for t in range(self.time_steps if observe is not None else 0):
-            observe(t, [spikes[t]])
-        return total / rate_normaliser(self.time_steps, self.neuron.leak)
+            frozen = self.input.frozen(self.input_shape, statistics_of=mean_input if self.training else None)
+            source = EventInput(x, frozen, masks.input)
+        hidden = [connection.frozen(shape) for connection, shape in zip(self.hidden, self.layer_shapes)]
+        feedback = Synapses(self.feedback.map, weight, None, self.layer_shapes[-1])
+        return simulate(Loop(self.neuron, self.layer_shapes, hidden, feedback, masks), source, self.time_steps, observe)
 
     def _mean_input(self, x: Tensor) -> Tensor:
         """x̄: the input itself if static, else its mean over time with the weights of the firing rate."""

@@ -1,11 +1,9 @@
 """Integrate-and-fire neurons, with and without leak, as pure functions of (current, state)."""
 
-from typing import NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple, Tuple
 
 import torch
 from torch import Tensor
-
-from modules import native
 
 
 class Neuron(NamedTuple):
@@ -37,7 +35,7 @@ def make_neuron(threshold: float, leak: float) -> Neuron:
 
 
 def resting_state(current: Tensor) -> NeuronState:
-    """u(0⁻) = 0 and s(−1) = 0, of the shape and dtype of `current`."""
+    """u(0⁻) = 0 and s(−1) = 0, of the shape, dtype and memory layout of `current`."""
     return NeuronState(torch.zeros_like(current), torch.zeros_like(current))
 
 
@@ -88,33 +86,3 @@ def rate_weights(time_steps: int, leak: float, **tensor_options) -> Tensor:
 def rate_normaliser(time_steps: int, leak: float) -> float:
     """Σ_t λ^(T−1−t): what a neuron that spikes at every step sums up."""
     return sum(leak**t for t in range(time_steps))
-
-
-class SpikingLayer:
-    """One layer during a simulation: its state, advanced in place step by step, and, if wanted, its firing rate.
-
-    After T steps `rate()` is Σ_t λ^(T−1−t) s(t) / Σ_t λ^(T−1−t), of the layer's shape (batch, …).
-    """
-
-    def __init__(self, shape: Sequence[int], like: Tensor, neuron: Neuron, with_rate: bool = False):
-        self.neuron = neuron
-        self.potential, self.spikes = resting_state(like.new_empty(shape))
-        self.total = torch.zeros_like(self.spikes) if with_rate else None
-        self.steps = 0
-        self._native = native.serves(self.spikes)
-
-    def step(self, current: Optional[Tensor] = None, synaptic: Optional[Tensor] = None, mask: Optional[Tensor] = None) -> None:
-        """Advance by a time step under the current I = current + mask · synaptic, where what is absent adds nothing."""
-        self.steps += 1
-        if self._native:
-            native.neuron_step(current, synaptic, mask, self.potential, self.spikes, self.total, *self.neuron)
-            return
-        if synaptic is not None:
-            synaptic = synaptic if mask is None else synaptic * mask
-            current = synaptic if current is None else current + synaptic
-        self.potential, self.spikes = neuron_step(current, NeuronState(self.potential, self.spikes), self.neuron)
-        if self.total is not None:
-            self.total.mul_(self.neuron.leak).add_(self.spikes)
-
-    def rate(self) -> Tensor:
-        return self.total / rate_normaliser(self.steps, self.neuron.leak)

@@ -50,8 +50,11 @@ def mean_input(network, x):
     return sum(weight * x[t] for t, weight in enumerate(weights)) / sum(weights)
 
 
-def simulate(network, x, masks):
-    """Spikes of every step and layer, and the last layer's rate: method sections 1, 2, 4 and 6.1."""
+def simulate(network, x, masks, potentials=None):
+    """Spikes of every step and layer, and the last layer's rate: method sections 1, 2, 4 and 6.1.
+
+    Every step's membrane potentials, a list over layers, are appended to `potentials` if it is given.
+    """
     with torch.no_grad():
         weight, _, _ = feedback_weight(network)
         connections = [network.input, *network.hidden]
@@ -71,6 +74,8 @@ def simulate(network, x, masks):
                 u[layer] = leak * (u[layer] - threshold * s[layer]) + current
                 s[layer] = (u[layer] >= threshold).to(current.dtype)
             history.append(list(s))
+            if potentials is not None:
+                potentials.append(list(u))
         weights = [leak ** (T - 1 - t) for t in range(T)]
         rate = sum(w * spikes[-1] for w, spikes in zip(weights, history)) / sum(weights)
     return history, rate

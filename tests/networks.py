@@ -3,8 +3,8 @@
 import torch
 
 from modules.implicit import BackwardSolver
-from modules.network import Masks
 from modules.neuron import make_neuron
+from modules.simulation import Masks
 from modules.zoo import alexnet_f, f64c5_mnist, f64c5_nmnist, f400
 
 KINDS = ("dense", "convolutional", "events", "multi-layer")
@@ -33,10 +33,11 @@ def small_network(kind, leak=0.9, time_steps=6, dropout=0.0, threshold=0.8, **so
     return network.double(), x.double()
 
 
-def explicit_masks(network, batch=BATCH):
-    """Fix the network's dropout masks; returns them as a list: input, hidden …, feedback (ones where nothing is dropped)."""
+def explicit_masks(network, masks=None):
+    """Fix the network's dropout masks, to given ones or to new ones; returns them as a list: input, hidden …, feedback."""
     shapes = [network.layer_shapes[0], *network.layer_shapes[1:], network.layer_shapes[0]]
     p = network.dropout if network.training else 0.0
-    masks = [torch.rand(batch, *shape, dtype=torch.float64).ge(p).double() / (1 - p) for shape in shapes]
+    if masks is None:
+        masks = [torch.rand(BATCH, *shape, dtype=torch.float64).ge(p).double() / (1 - p) for shape in shapes]
     network._draw_masks = lambda x: Masks(masks[0], masks[1:-1], masks[-1])
     return masks

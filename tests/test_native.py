@@ -1,100 +1,170 @@
 """The C kernels against the PyTorch operations that they replace, and against a machine without a compiler."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
 
 from modules import native
-from modules.implicit import BackwardSolver, DenseProduct
-from modules.network import Masks
-from modules.neuron import SpikingLayer, make_neuron
-from modules.zoo import f400
+from modules.event_driven import event_map, kernel_layout
+from modules.implicit import BackwardSolver, LayerProduct
+from modules.linear_map import LinearMap
+from modules.neuron import make_neuron
+from modules.simulation import SpikingLayer
+from tests import naive
+from tests.networks import KINDS, explicit_masks, small_network
 
-needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler, so no kernel to compare")
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler, so no kernel to compare")
 
 
-@needs_compiler
 @pytest.mark.parametrize("leak", [0.95, 1.0])
-@pytest.mark.parametrize("parts", ["current", "synaptic", "current synaptic", "synaptic mask", "current synaptic mask"])
-def test_neuron_step_equals_pytorch_bit_for_bit(leak, parts):
+@pytest.mark.parametrize("with_current", [True, False])
+def test_neuron_step_equals_pytorch_bit_for_bit(leak, with_current, monkeypatch):
     shape, neuron = (37, 1031), make_neuron(2.0, leak)
-    like = torch.empty(1)
-    fast, plain = (SpikingLayer(shape, like, neuron, with_rate=True) for _ in range(2))
-    assert fast._native
-    plain._native = False
-    for _ in range(8):
-        given = {"current": torch.randn(shape) + 0.5, "synaptic": torch.randn(shape), "mask": torch.rand(shape).ge(0.2) / 0.8}
-        given = {name: given[name] for name in parts.split()}
-        fast.step(**given)
-        plain.step(**given)
+    fast = SpikingLayer(shape, torch.empty(1), neuron, with_rate=True)
+    with monkeypatch.context() as plainly:
+        plainly.setattr(native, "serves", lambda tensor: False)
+        plain = SpikingLayer(shape, torch.empty(1), neuron, with_rate=True)
+    assert fast.native and not plain.native
+    source = SpikingLayer(shape, torch.empty(1), neuron)
+    for mask in (None, torch.rand(shape).ge(0.2) / 0.8) * 4:
+        synaptic = torch.randn(shape) + 0.5
+
+        class Given:
+            event_driven = staticmethod(lambda rate: None)
+            __call__ = staticmethod(lambda spikes: synaptic)
+
+        current = torch.randn(shape) + 0.5 if with_current else None
+        for layer in (fast, plain):
+            layer.step(current, Given(), source, mask)
         assert torch.equal(fast.spikes, plain.spikes) and torch.equal(fast.potential, plain.potential)
+        assert fast.fired == pytest.approx(plain.spikes.mean().item())
     assert torch.equal(fast.rate(), plain.rate()) and 0 < fast.rate().mean() < 1
 
 
-@needs_compiler
-@pytest.mark.parametrize("leak", [0.95, 1.0])
-@pytest.mark.parametrize("width,batch,time_steps", [(1, 1, 3), (7, 5, 1), (31, 17, 6), (32, 16, 6), (45, 33, 9), (400, 40, 5)])
-@pytest.mark.parametrize("dropped", [True, False])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_dense_simulation_spikes_as_the_plain_one(leak, width, batch, time_steps, dropped, threads):
-    """Sums run in another order, so a potential may cross the threshold only if it comes within rounding of it; none does here."""
+@st.composite
+def linear_maps(draw):
+    """A linear module of any kind, and an input shape for it."""
+    channels, out, kernel = draw(st.integers(1, 40)), draw(st.integers(1, 70)), draw(st.sampled_from([1, 2, 3, 5]))
+    stride, padding = draw(st.integers(1, 3)), draw(st.integers(0, kernel - 1))
+    size = [draw(st.integers(kernel, 9)) for _ in range(2)]
+    kind = draw(st.sampled_from(["dense", "convolutional", "transposed"]))
+    if kind == "dense":
+        return nn.Linear(channels, out), (channels,)
+    if kind == "convolutional":
+        return nn.Conv2d(channels, out, kernel, stride, padding), (channels, *size)
+    return nn.ConvTranspose2d(channels, out, kernel, stride, padding, draw(st.integers(0, stride - 1))), (channels, *size)
+
+
+@settings(max_examples=150, deadline=None)
+@given(linear_maps(), st.integers(1, 19), st.floats(0, 1), st.integers(1, 2))
+def test_event_driven_map_equals_the_dense_one(module_and_shape, batch, rate, threads):
     torch.set_num_threads(threads)
-    network = f400(width, inputs=3, neuron=make_neuron(1.0, leak), time_steps=time_steps)
-    current, weight = torch.randn(batch, width) + 0.5, torch.randn(width, width) / width**0.5
-    masks = Masks(feedback=torch.rand(batch, width).ge(0.3) / 0.7 if dropped else None, hidden=[])
-    seen = {True: [], False: []}
-    rates = {}
-    for fast in (True, False):
-        simulate = network._simulate_dense if fast else lambda *args: _plain(network, *args)
-        rates[fast] = simulate(current, weight, masks, lambda t, spikes: seen[fast].append(spikes[0]))
-    assert len(seen[True]) == len(seen[False]) == time_steps
-    assert torch.equal(torch.stack(seen[True]), torch.stack(seen[False]))
-    torch.testing.assert_close(rates[True], rates[False], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(network._simulate_dense(current, weight, masks, None), rates[True], atol=0, rtol=0)
+    module, shape = module_and_shape
+    map = LinearMap.of(module)
+    spikes = (torch.rand(batch, *shape) < rate).float()
+    with torch.no_grad():
+        expected = module.double()(spikes.double())
+        module.float()
+        assert map.output_shape(shape, module.weight) == expected.shape[1:]
+        ours = native.apply(event_map(map, module.weight, module.bias, shape), kernel_layout(spikes))
+    torch.testing.assert_close(ours.double(), expected, atol=3e-5, rtol=3e-5)
 
 
-def _plain(network, current, weight, masks, observe):
-    layer = SpikingLayer(current.shape, current, network.neuron, with_rate=True)
-    for t in range(network.time_steps):
-        layer.step(current, network.feedback(layer.spikes, weight) if t else None, masks.feedback)
-        observe(t, [layer.spikes.clone()])
-    return layer.rate()
+def plain_and_fast(network, x, monkeypatch):
+    """(spikes of every step and layer, gradients by name) without the kernels and with them."""
+    results = []
+    for serves in (lambda tensor: False, native.serves):
+        own, seen = copy.deepcopy(network), []
+        own._draw_masks = network._draw_masks
+        with monkeypatch.context() as patched:
+            patched.setattr(native, "serves", serves)
+            own(x, observe=lambda t, spikes: seen.append(spikes)).square().sum().backward()
+        results.append((seen, {name: parameter.grad for name, parameter in own.named_parameters()}))
+    return results
 
 
-@needs_compiler
-@pytest.mark.parametrize("width,batch", [(1, 1), (7, 5), (45, 33), (400, 40)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("leak", [0.9, 1.0])
+@pytest.mark.parametrize("threshold", [0.4, 0.8, 2.0])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_spikes_and_gradients_equal_the_plain_ones(kind, leak, threshold, threads, monkeypatch):
+    """Sums run in another order, so a neuron may fire differently only where its potential comes within rounding of the threshold."""
+    torch.set_num_threads(threads)
+    network, x = small_network(kind, leak, time_steps=12, dropout=0.3, threshold=threshold, tol=1e-6, max_iterations=100)
+    masks, potentials = explicit_masks(network), []
+    naive.simulate(copy.deepcopy(network), x, masks, potentials)
+    network, x = network.float(), x.float()
+    masks = explicit_masks(network, [mask.float() for mask in masks])
+    (plain, plain_gradients), (fast, fast_gradients) = plain_and_fast(network, x, monkeypatch)
+    differing = set()
+    for step, (one, other, exact) in enumerate(zip(plain, fast, potentials)):
+        for layer_plain, layer_fast, u in zip(one, other, exact):
+            for index in (layer_plain != layer_fast).nonzero().tolist():
+                near = abs(u[tuple(index)].item() - threshold) < 1e-4
+                assert near or index[0] in differing, "away from the threshold, or after an earlier difference, spikes are the same"
+                differing.add(index[0])
+    assert len(differing) <= 1
+    if not differing:
+        for name, gradient in plain_gradients.items():
+            assert (fast_gradients[name] - gradient).norm() <= 1e-4 * max(g.norm() for g in plain_gradients.values()), name
+    rates = [torch.stack([step[layer] for step in fast]).mean().item() for layer in range(len(fast[0]))]
+    assert max(rates) > 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_do_not_change_the_result(kind, monkeypatch):
+    network, x = small_network(kind, dropout=0.0)
+    network, x = network.float().eval(), torch.cat([x.float()] * 3, dim=1 if network.events else 0)
+    with torch.no_grad():
+        whole = network(x, observe=lambda t, spikes: None)
+        monkeypatch.setattr("modules.simulation.LEAST_CHUNK", 4)
+        monkeypatch.setattr("modules.simulation.CHUNK_BYTES", 1)
+        torch.testing.assert_close(network(x), whole, atol=1e-6, rtol=1e-6)
+
+
+FEEDBACKS = [(nn.Linear(9, 9, bias=False), (9,), 4), (nn.Linear(45, 45, bias=False), (45,), 33), (nn.Linear(400, 400, bias=False), (400,), 40),
+             (nn.Conv2d(3, 3, 5, padding=2, bias=False), (3, 7, 6), 5), (nn.Conv2d(40, 40, 3, padding=1, bias=False), (40, 6, 6), 3)]
+
+
+@pytest.mark.parametrize("feedback,shape,batch", FEEDBACKS)
 @pytest.mark.parametrize("tol", [1e-2, 1e-5])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_dense_solve_reaches_the_tolerance_and_says_so(width, batch, tol, threads):
+def test_layer_solve_reaches_the_tolerance_and_says_so(feedback, shape, batch, tol, threads):
     torch.set_num_threads(threads)
-    weight, gain = torch.randn(width, width) / width**0.5, 0.6 * (torch.rand(batch, width) < 0.6)
-    gradient = torch.randn(batch, width) * torch.logspace(-6, 0, batch)[:, None]
-    solver = BackwardSolver(tol=tol, max_iterations=100)
-    v = solver(DenseProduct(weight, gain), gradient)
-    W, D, g = weight.double(), gain.double(), gradient.double()
-    residual = (g + (v.double() * D) @ W - v.double()).norm() / g.norm()
+    weight = torch.randn_like(feedback.weight)
+    weight *= 1.5 / torch.linalg.svdvals(weight.flatten(1))[0]
+    gain = 0.5 * (torch.arange(batch * weight.new_empty(shape).numel()) % 3 == 0).float().view(batch, *shape)
+    gradient = torch.randn(batch, *shape) * torch.logspace(-6, 0, batch).view(-1, *[1] * len(shape))
+    solver, product = BackwardSolver(tol=tol, max_iterations=100), LayerProduct(LinearMap.of(feedback), weight, gain)
+    assert product.solve_by_kernel(gradient, tol, 100) is not None
+    v = solver(product, gradient)
+    exact = LayerProduct(product.map, weight.double(), gain.double())
+    residual = (gradient.double() + exact(v.double()) - v.double()).norm() / gradient.double().norm()
     assert residual <= tol * 1.01 and abs(residual - solver.tally.worst_residual) < 1e-6
     assert solver.tally.not_converged == 0
-    for sample in range(batch):
-        exact = torch.linalg.solve(torch.eye(width, dtype=torch.float64) - W.t() * D[sample], g[sample])
-        assert (v[sample] - exact).norm() <= 20 * tol * g.norm()
+    plain = BackwardSolver(tol=1e-9, max_iterations=300)(exact, gradient.double())
+    assert (v - plain).norm() <= 20 * tol * gradient.norm()
 
 
-@needs_compiler
-def test_dense_solve_that_does_not_converge_is_counted():
-    weight, gain, gradient = 2 * torch.randn(30, 30), torch.ones(4, 30), torch.randn(4, 30)
-    solver = BackwardSolver(tol=1e-6, max_iterations=3)
-    v = solver(DenseProduct(weight, gain), gradient)
-    residual = (gradient + (v * gain) @ weight - v).norm() / gradient.norm()
+def test_layer_solve_that_does_not_converge_is_counted():
+    weight, gradient = 6 * torch.randn(30, 30), torch.randn(4, 30)
+    gain = torch.zeros(4, 30)
+    gain[:, :10] = 1
+    product, solver = LayerProduct(LinearMap("dense"), weight, gain), BackwardSolver(tol=1e-6, max_iterations=3)
+    v = solver(product, gradient)
+    residual = (gradient + product(v) - v).norm() / gradient.norm()
     assert solver.tally.not_converged == 1 and solver.tally.iterations == 3
     assert solver.tally.worst_residual == pytest.approx(residual.item(), rel=1e-4)
     broken = BackwardSolver()
-    assert broken(DenseProduct(weight * float("nan"), gain), gradient).isfinite().all() and broken.tally.not_converged == 1
+    assert broken(product._replace(weight=weight * float("nan")), gradient).isfinite().all() and broken.tally.not_converged == 1
     zero = BackwardSolver()
-    assert zero(DenseProduct(weight, gain), torch.zeros(4, 30)).eq(0).all() and zero.tally.not_converged == 0
+    assert zero(product, torch.zeros(4, 30)).eq(0).all() and zero.tally.not_converged == 0
 
 
 def test_without_kernels_pytorch_serves():

@@ -6,13 +6,15 @@
 #define PARALLEL_FROM 32768
 
 /* I = current + mask * synaptic;  u = leak (u - threshold s) + I;  s = u >= threshold;  total = leak total + s.
- * Parts that are absent (a null pointer) are left out; the flags are constants, so each case is its own loop. */
-static inline __attribute__((always_inline)) void
+ * Parts that are absent (a null pointer) are left out; the flags are constants, so each case is its own loop. Returns the number of
+ * spikes. Too short a layer, or one that another thread team already works on, is done by the calling thread alone. */
+static inline __attribute__((always_inline)) ptrdiff_t
 step(const int has_current, const int has_synaptic, const int has_mask, const int has_total,
      const float *restrict current, const float *restrict synaptic, const float *restrict mask,
      float *restrict potential, float *restrict spikes, float *restrict total, ptrdiff_t n, float threshold, float leak)
 {
-#pragma omp parallel for simd if (n >= PARALLEL_FROM)
+    int fired = 0;
+#pragma omp parallel for simd reduction(+ : fired) if (n >= PARALLEL_FROM)
     for (ptrdiff_t i = 0; i < n; i++) {
         float drive = has_current ? current[i] : 0.0f;
         if (has_synaptic) {
@@ -21,25 +23,25 @@ step(const int has_current, const int has_synaptic, const int has_mask, const in
         }
         float u = (potential[i] - threshold * spikes[i]) * leak + drive;
         float s = u >= threshold ? 1.0f : 0.0f;
+        fired += u >= threshold;
         potential[i] = u;
         spikes[i] = s;
         if (has_total)
             total[i] = total[i] * leak + s;
     }
+    return fired;
 }
 
 #define CASE(c, y, m) \
-    do { \
-        if (total) step(c, y, m, 1, current, synaptic, mask, potential, spikes, total, n, threshold, leak); \
-        else step(c, y, m, 0, current, synaptic, mask, potential, spikes, total, n, threshold, leak); \
-    } while (0)
+    return total ? step(c, y, m, 1, current, synaptic, mask, potential, spikes, total, n, threshold, leak) \
+                 : step(c, y, m, 0, current, synaptic, mask, potential, spikes, total, n, threshold, leak)
 
-void neuron_step(const float *current, const float *synaptic, const float *mask, float *potential, float *spikes, float *total,
-                 ptrdiff_t n, float threshold, float leak)
+ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *mask, float *potential, float *spikes, float *total,
+                      ptrdiff_t n, float threshold, float leak)
 {
     if (!synaptic) CASE(1, 0, 0);
-    else if (current && mask) CASE(1, 1, 1);
-    else if (current) CASE(1, 1, 0);
-    else if (mask) CASE(0, 1, 1);
-    else CASE(0, 1, 0);
+    if (current && mask) CASE(1, 1, 1);
+    if (current) CASE(1, 1, 0);
+    if (mask) CASE(0, 1, 1);
+    CASE(0, 1, 0);
 }

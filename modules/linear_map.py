@@ -1,0 +1,73 @@
+"""The linear maps that connections are made of: dense, convolutional and transposed convolutional, apart from their weights."""
+
+from typing import NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LinearMap(NamedTuple):
+    """A kind of map with its geometry; weights and biases are arguments, in the shapes of the PyTorch module of that kind.
+
+    Inputs and outputs are (batch, features) for "dense", else (batch, channels, height, width).
+    """
+
+    kind: str
+    stride: Tuple[int, int] = (1, 1)
+    padding: Tuple[int, int] = (0, 0)
+    output_padding: Tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "LinearMap":
+        """The map that an nn.Linear, nn.Conv2d or nn.ConvTranspose2d applies."""
+        if isinstance(module, nn.Linear):
+            return cls("dense")
+        if isinstance(module, nn.Conv2d):
+            return cls("convolutional", module.stride, module.padding)
+        return cls("transposed", module.stride, module.padding, module.output_padding)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        if self.kind == "dense":
+            return F.linear(x, weight, bias)
+        if self.kind == "convolutional":
+            return F.conv2d(x, weight, bias, self.stride, self.padding)
+        return F.conv_transpose2d(x, weight, bias, self.stride, self.padding, self.output_padding)
+
+    def adjoint(self, v: Tensor, weight: Tensor) -> Tensor:
+        """Wᵀ v, from (batch, *output shape) to (batch, *input shape); a strided convolution has none here."""
+        mirrored, weight = self.mirrored(weight)
+        return mirrored(v, weight)
+
+    def mirrored(self, weight: Tensor) -> Tuple["LinearMap", Tensor]:
+        """The adjoint as a map of its own, and its weight."""
+        if self.kind == "dense":
+            return self, weight.t()
+        if self.kind == "convolutional":
+            if self.stride != (1, 1):
+                raise ValueError("the adjoint of a strided convolution is not unique in its size: use stride 1")
+            return self._replace(kind="transposed"), weight
+        return LinearMap("convolutional", self.stride, self.padding), weight
+
+    def output_shape(self, input_shape: Sequence[int], weight: Tensor) -> Tuple[int, ...]:
+        """Shape of one sample's output for one sample's input, both without the batch dimension."""
+        if self.kind == "dense":
+            return (weight.shape[0],)
+        kernel = weight.shape[2:]
+        if self.kind == "convolutional":
+            sizes = [(size + 2 * pad - k) // s + 1 for size, k, s, pad in zip(input_shape[1:], kernel, self.stride, self.padding)]
+            return (weight.shape[0], *sizes)
+        sizes = [(size - 1) * s - 2 * pad + k + extra for size, k, s, pad, extra
+                 in zip(input_shape[1:], kernel, self.stride, self.padding, self.output_padding)]
+        return (weight.shape[1], *sizes)
+
+    def filter_dim(self) -> int:
+        """The dimension of the weight that counts output channels."""
+        return 1 if self.kind == "transposed" else 0
+
+
+def scaled_filters(map: LinearMap, weight: Tensor, scale: Tensor) -> Tensor:
+    """`weight` with each output channel's filter multiplied by its entry of `scale` (channels,)."""
+    shape = [1] * weight.dim()
+    shape[map.filter_dim()] = -1
+    return torch.mul(weight, scale.view(shape))

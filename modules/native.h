@@ -1,0 +1,37 @@
+/* What the CPU kernels share: linear maps that add the weight rows of active units, and scratch memory.
+ *
+ * A layer lies in memory as (batch, positions, channels), a dense one having one position. A map's weight is packed panel by panel,
+ * packed[panel][row][PANEL], with a row for each kernel position and input channel and zeros behind the last output channel. What an
+ * output position receives from is a list of segments: input positions from .. to - 1, whose weight rows follow each other, the row
+ * of unit i (counted over positions and channels) being i + row. */
+#ifndef FEEDBACK_SNN_NATIVE_H
+#define FEEDBACK_SNN_NATIVE_H
+
+#include <stddef.h>
+
+#define PANEL 32
+
+struct map {
+    ptrdiff_t in_positions, in_channels, out_positions, out_channels, rows; /* rows: in one panel */
+    const int *segments; /* (out_positions + 1): where each output position's segments start */
+    const int *from, *to, *row;
+};
+
+/* The units of a layer that are not silent: `units` in ascending order, those of position p at start[p] .. start[p + 1] - 1. */
+struct active {
+    int *start, *units;
+    float *factors; /* what each unit's row is multiplied by; null stands for ones */
+};
+
+/* out (out_positions, out_channels) = bias + sum of the active units' weight rows, for each of `count` samples. */
+void add_rows(const struct map *map, const float *packed, const float *bias, const struct active *active, float *const *out, int count);
+
+void list_active(const float *values, ptrdiff_t positions, ptrdiff_t channels, struct active *active);
+
+/* Memory of the calling thread, at least so many bytes, valid until its next call; null where there is none. */
+void *thread_scratch(size_t bytes);
+
+ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *mask, float *potential, float *spikes, float *total,
+                      ptrdiff_t n, float threshold, float leak);
+
+#endif

@@ -1,0 +1,159 @@
+/* Event-driven linear maps on a CPU, float32: a product touches the weight rows of the units that spiked and no others. */
+#include "native.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define VECTORS (PANEL / LANES)
+#define GROUP 8 /* samples that a thread takes through a panel together, so that its rows stay in the cache */
+
+/* Floats at any address, which GCC and Clang map onto the processor's own vectors. */
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+void *thread_scratch(size_t bytes)
+{
+    static _Thread_local char *memory;
+    static _Thread_local size_t size;
+    if (size < bytes) {
+        free(memory);
+        memory = malloc(bytes);
+        size = memory ? bytes : 0;
+    }
+    return memory;
+}
+
+void list_active(const float *values, ptrdiff_t positions, ptrdiff_t channels, struct active *active)
+{
+    int *units = active->units, count = 0;
+    for (ptrdiff_t p = 0; p < positions; p++) {
+        active->start[p] = count;
+        ptrdiff_t i = p * channels, end = i + channels;
+        for (; i + 16 <= end; i += 16) {
+            unsigned long long words[8], any = 0;
+            memcpy(words, values + i, sizeof words);
+            for (int k = 0; k < 8; k++)
+                any |= words[k];
+            if (any)
+                for (int k = 0; k < 16; k++) {
+                    units[count] = i + k;
+                    count += values[i + k] != 0.0f;
+                }
+        }
+        for (; i < end; i++) {
+            units[count] = i;
+            count += values[i] != 0.0f;
+        }
+    }
+    active->start[positions] = count;
+}
+
+static inline __attribute__((always_inline)) void
+add_row(vector *sum, const float *rows, const struct active *active, int k, const int weighted)
+{
+    const vector *row = (const vector *)(rows + (ptrdiff_t)active->units[k] * PANEL);
+    for (int v = 0; v < VECTORS; v++)
+        if (weighted)
+            sum[v] += row[v] * active->factors[k];
+        else
+            sum[v] += row[v];
+}
+
+/* One output position of one panel. Two chains of additions, as one alone would wait for itself. */
+static inline __attribute__((always_inline)) void
+add_position(const struct map *map, const float *panel, const float *bias, const struct active *active, ptrdiff_t position,
+             float *out, ptrdiff_t width, const int weighted)
+{
+    vector sum[VECTORS] = {{0}}, more[VECTORS] = {{0}};
+    for (int segment = map->segments[position]; segment < map->segments[position + 1]; segment++) {
+        const float *rows = panel + (ptrdiff_t)map->row[segment] * PANEL;
+        int k = active->start[map->from[segment]], end = active->start[map->to[segment]];
+        for (; k + 1 < end; k += 2) {
+            add_row(sum, rows, active, k, weighted);
+            add_row(more, rows, active, k + 1, weighted);
+        }
+        if (k < end)
+            add_row(sum, rows, active, k, weighted);
+    }
+    for (int v = 0; v < VECTORS; v++)
+        sum[v] += more[v];
+    for (int v = 0; bias && v < VECTORS; v++)
+        sum[v] += ((const vector *)bias)[v];
+    if (width == PANEL)
+        memcpy(out, sum, sizeof sum);
+    else
+        memcpy(out, sum, width * sizeof *out);
+}
+
+void add_rows(const struct map *map, const float *packed, const float *bias, const struct active *active, float *const *out, int count)
+{
+    ptrdiff_t channels = map->out_channels;
+    for (ptrdiff_t first = 0; first < channels; first += PANEL) {
+        const float *panel = packed + first * map->rows, *start = bias ? bias + first : NULL;
+        ptrdiff_t width = channels - first < PANEL ? channels - first : PANEL;
+        for (int s = 0; s < count; s++)
+            for (ptrdiff_t p = 0; p < map->out_positions; p++) {
+                float *to = out[s] + p * channels + first;
+                if (active[s].factors)
+                    add_position(map, panel, start, active + s, p, to, width, 1);
+                else
+                    add_position(map, panel, start, active + s, p, to, width, 0);
+            }
+    }
+}
+
+/* Bytes of scratch for a group's lists and products, and their places in it. */
+static size_t group_bytes(const struct map *map)
+{
+    size_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels;
+    return GROUP * (sizeof(int) * (inputs + 1 + map->in_positions + 1) + sizeof(float) * outputs);
+}
+
+static void place_group(const struct map *map, char *scratch, struct active *active, float **products)
+{
+    size_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels;
+    for (int s = 0; s < GROUP; s++) {
+        active[s] = (struct active){(int *)scratch, (int *)scratch + map->in_positions + 1, NULL};
+        scratch += sizeof(int) * (map->in_positions + 1 + inputs + 1);
+        products[s] = (float *)scratch;
+        scratch += sizeof(float) * outputs;
+    }
+}
+
+/* One time step of a layer whose input comes through `map` from the spikes `source` (batch, in_positions, in_channels):
+ * I = current + mask * (bias + W source), then neuron_step. current and mask may be null; all the others are (batch, out_positions,
+ * out_channels). Without `potential`, `spikes` only receives bias + W source. Returns the number of spikes, -1 where memory is short. */
+ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bias, const float *source, const float *current,
+                     const float *mask, float *potential, float *spikes, float *total, ptrdiff_t batch, float threshold, float leak)
+{
+    ptrdiff_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels, fired = 0;
+    ptrdiff_t group = batch < 2 * GROUP ? (batch + 1) / 2 : GROUP; /* a small batch is work for more than one thread too */
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic, 1) reduction(+ : fired) reduction(| : failed)
+    for (ptrdiff_t first = 0; first < batch; first += group) {
+        int count = batch - first < group ? batch - first : group;
+        struct active active[GROUP];
+        float *products[GROUP], *scratch = thread_scratch(group_bytes(map));
+        if (!scratch) {
+            failed = 1;
+            continue;
+        }
+        place_group(map, (char *)scratch, active, products);
+        for (int s = 0; s < count; s++) {
+            list_active(source + (first + s) * inputs, map->in_positions, map->in_channels, active + s);
+            if (!potential)
+                products[s] = spikes + (first + s) * outputs;
+        }
+        add_rows(map, packed, bias, active, products, count);
+        for (int s = 0; s < count && potential; s++) {
+            ptrdiff_t at = (first + s) * outputs;
+            fired += neuron_step(current ? current + at : NULL, products[s], mask ? mask + at : NULL, potential + at, spikes + at,
+                                 total ? total + at : NULL, outputs, threshold, leak);
+        }
+    }
+    return failed ? -1 : fired;
+}

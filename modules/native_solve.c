@@ -1,0 +1,175 @@
+/* The backward solve v = g + B^T (gain v) of a single spiking layer with feedback onto itself, float32 on a CPU.
+ *
+ * Samples are independent there, so each is solved on its own, by Anderson acceleration that stays in the processor's cache, and a
+ * product skips the units whose equilibrium rate can't change (gain 0). */
+#include "native.h"
+
+#include <math.h>
+#include <string.h>
+
+#define MEMORY 5 /* of Anderson acceleration */
+#define LANES 16
+#define MOST_TOGETHER 16
+#define TOGETHER_BELOW 4096 /* units: a larger layer's samples are taken one by one, as their histories would fill the cache */
+
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* One sample's solve: the iterate x, its history, and the best v seen so far. */
+struct solve {
+    double gram[MEMORY][MEMORY], best;
+    const float *gain, *g;
+    float *v, *x, *product, *mapped, *residuals;
+    struct active active;
+    int slot, used, done;
+};
+
+static double dot(const float *a, const float *b, ptrdiff_t n)
+{
+    double total = 0;
+    ptrdiff_t i = 0;
+    while (i + LANES <= n) { /* float32 sums over a stretch, float64 over stretches */
+        vector sum = {0};
+        for (ptrdiff_t end = i + 512 < n ? i + 512 : n; i + LANES <= end; i += LANES)
+            sum += *(const vector *)(a + i) * *(const vector *)(b + i);
+        for (int lane = 0; lane < LANES; lane++)
+            total += sum[lane];
+    }
+    for (; i < n; i++)
+        total += a[i] * b[i];
+    return total;
+}
+
+/* Anderson's weights: they minimise |sum w_i r_i| subject to sum w_i = 1, from the residuals' Gram matrix, which is scaled to unit
+ * diagonal and regularised as in modules/solvers.py. */
+static void anderson_weights(double gram[MEMORY][MEMORY], int used, double regularisation, double *weights)
+{
+    double a[MEMORY][MEMORY], scale[MEMORY], sum = 0;
+    for (int i = 0; i < used; i++)
+        weights[i] = scale[i] = 1 / sqrt(gram[i][i] > 1e-300 ? gram[i][i] : 1e-300);
+    for (int i = 0; i < used; i++)
+        for (int j = 0; j < used; j++)
+            a[i][j] = gram[i][j] * scale[i] * scale[j] + (i == j ? regularisation : 0);
+    for (int i = 0; i < used; i++) /* Gaussian elimination; the matrix is positive definite */
+        for (int k = i + 1; k < used; k++) {
+            double factor = a[k][i] / a[i][i];
+            for (int j = i; j < used; j++)
+                a[k][j] -= factor * a[i][j];
+            weights[k] -= factor * weights[i];
+        }
+    for (int i = used - 1; i >= 0; i--) {
+        for (int j = i + 1; j < used; j++)
+            weights[i] -= a[i][j] * weights[j];
+        weights[i] /= a[i][i];
+    }
+    for (int i = 0; i < used; i++)
+        sum += weights[i] *= scale[i];
+    for (int i = 0; i < used; i++)
+        weights[i] /= sum;
+}
+
+/* After product = B^T (gain x): note the residual, keep x if it is the best, and propose the next x unless this one serves. */
+static void advance(struct solve *solve, ptrdiff_t n, double bound, double regularisation)
+{
+    int slot = solve->slot, used = solve->used < MEMORY ? ++solve->used : MEMORY;
+    float *restrict mapped = solve->mapped + slot * n, *restrict residual = solve->residuals + slot * n, *restrict x = solve->x;
+    solve->slot = (slot + 1) % MEMORY;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        mapped[i] = solve->g[i] + solve->product[i];
+        residual[i] = mapped[i] - x[i];
+    }
+    for (int i = 0; i < used; i++)
+        solve->gram[slot][i] = solve->gram[i][slot] = dot(solve->residuals + i * n, residual, n);
+    double size = sqrt(solve->gram[slot][slot]), weights[MEMORY];
+    if (size < solve->best) {
+        solve->best = size;
+        memcpy(solve->v, x, n * sizeof *x);
+    }
+    solve->done = !(size > bound) || !isfinite(size);
+    if (solve->done)
+        return;
+    anderson_weights(solve->gram, used, regularisation, weights);
+    for (ptrdiff_t i = 0; i < n; i++)
+        x[i] = (float)weights[0] * solve->mapped[i];
+    for (int k = 1; k < used; k++) {
+        const float *restrict earlier = solve->mapped + k * n;
+        for (ptrdiff_t i = 0; i < n; i++)
+            x[i] += (float)weights[k] * earlier[i];
+    }
+}
+
+/* Bytes of one sample's scratch, and its places there; the iteration starts from x = g. */
+static size_t solve_bytes(const struct map *map, ptrdiff_t n)
+{
+    return sizeof(float) * n * (3 + 2 * MEMORY) + sizeof(int) * (n + 1 + map->in_positions + 1);
+}
+
+static void begin(struct solve *solve, const struct map *map, char *scratch, const float *gain, const float *g, float *v, ptrdiff_t n)
+{
+    float *floats = (float *)scratch;
+    int *ints = (int *)(floats + n * (3 + 2 * MEMORY));
+    *solve = (struct solve){.best = INFINITY, .gain = gain, .g = g, .v = v, .x = floats, .product = floats + n, .mapped = floats + 3 * n,
+                            .residuals = floats + (3 + MEMORY) * n, .active = {ints, ints + map->in_positions + 1, floats + 2 * n}};
+    list_active(gain, map->in_positions, map->in_channels, &solve->active);
+    memcpy(solve->x, g, n * sizeof *g);
+    memcpy(v, g, n * sizeof *g);
+}
+
+/* Iterate `count` samples together; those that are done drop out of the products. Returns the number of products. */
+static ptrdiff_t iterate(const struct map *map, const float *packed, struct solve *solves, int count, ptrdiff_t n, double bound,
+                         ptrdiff_t most, double regularisation)
+{
+    ptrdiff_t products = 0;
+    for (ptrdiff_t iteration = 0; iteration < most; iteration++) {
+        struct active active[MOST_TOGETHER];
+        float *out[MOST_TOGETHER];
+        int going = 0;
+        for (int s = 0; s < count; s++) {
+            struct solve *solve = solves + s;
+            if (solve->done)
+                continue;
+            for (int k = 0; k < solve->active.start[map->in_positions]; k++)
+                solve->active.factors[k] = solve->gain[solve->active.units[k]] * solve->x[solve->active.units[k]];
+            active[going] = solve->active;
+            out[going++] = solve->product;
+        }
+        if (going == 0)
+            break;
+        products += going;
+        add_rows(map, packed, NULL, active, out, going);
+        for (int s = 0; s < count; s++)
+            if (!solves[s].done)
+                advance(solves + s, n, bound, regularisation);
+    }
+    return products;
+}
+
+/* `map` and `packed` are those of B^T, from the layer to itself; gain, g, v: (batch, n). Every sample is solved to |residual| <= bound
+ * or `most` products. `squares` becomes the sum of the squared residuals, `products` the number of products over all samples. Returns
+ * -1 where memory is short, else 0. */
+int solve_layer(const struct map *map, const float *packed, const float *gain, const float *g, float *v, ptrdiff_t batch, double bound,
+                ptrdiff_t most, double regularisation, double *squares, ptrdiff_t *products)
+{
+    ptrdiff_t n = map->out_positions * map->out_channels, together = n < TOGETHER_BELOW ? MOST_TOGETHER : 1, counted = 0;
+    double sum = 0;
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic, 1) reduction(| : failed) reduction(+ : sum, counted)
+    for (ptrdiff_t first = 0; first < batch; first += together) {
+        int count = batch - first < together ? batch - first : together;
+        struct solve solves[MOST_TOGETHER];
+        char *scratch = thread_scratch(together * solve_bytes(map, n));
+        if (!scratch) {
+            failed = 1;
+            continue;
+        }
+        for (int s = 0; s < count; s++) {
+            ptrdiff_t at = (first + s) * n;
+            begin(solves + s, map, scratch + s * solve_bytes(map, n), gain + at, g + at, v + at, n);
+        }
+        counted += iterate(map, packed, solves, count, n, bound, most, regularisation);
+        for (int s = 0; s < count; s++)
+            sum += solves[s].best * solves[s].best;
+    }
+    *squares = sum;
+    *products = counted;
+    return -failed;
+}

@@ -1,0 +1,171 @@
+"""The simulation: T time steps of L spiking layers in a loop, without a gradient (method sections 1, 2 and 6.1)."""
+
+from typing import Callable, List, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from modules import native
+from modules.event_driven import EventMap, event_map, kernel_layout
+from modules.linear_map import LinearMap
+from modules.neuron import Neuron, NeuronState, neuron_step, rate_normaliser, resting_state
+
+Observer = Callable[[int, List[Tensor]], None]
+
+# The fraction of spiking inputs below which touching only what spiked beats a dense product, measured on F64C5 and AlexNet-F.
+EVENT_DRIVEN_BELOW = 0.4
+# On a CPU the samples are simulated in chunks whose state stays in the processor's cache.
+CHUNK_BYTES = 8 * 2**20
+LEAST_CHUNK = 16
+
+
+class Masks(NamedTuple):
+    """The dropout masks of one pass, (batch, *layer shape) each, or None where nothing is dropped."""
+
+    input: Optional[Tensor] = None
+    hidden: Sequence[Optional[Tensor]] = ()
+    feedback: Optional[Tensor] = None
+
+
+class Synapses:
+    """A fixed affine map from spikes (batch, *input_shape) to current, W s + b, for use at every time step.
+
+    On a CPU it can touch only what spiked; `native` says whether the C kernels serve its dtype and device.
+    """
+
+    def __init__(self, map: LinearMap, weight: Tensor, bias: Optional[Tensor], input_shape: Sequence[int]):
+        self.map, self.weight, self.bias, self.input_shape = map, weight, bias, input_shape
+        self.native = native.serves(weight)
+        self._events: Optional[EventMap] = None
+
+    def __call__(self, spikes: Tensor) -> Tensor:
+        return self.map(spikes, self.weight, self.bias)
+
+    def event_driven(self, rate: float) -> Optional[EventMap]:
+        """The map for the C kernels where they are the faster way at this rate of spiking inputs, else None."""
+        if not self.native or rate >= EVENT_DRIVEN_BELOW:
+            return None
+        if self._events is None:
+            self._events = event_map(self.map, self.weight, self.bias, self.input_shape)
+        return self._events
+
+
+class SpikingLayer:
+    """One layer during a simulation: its state, advanced in place step by step, and, if wanted, its firing rate.
+
+    After T steps `rate()` is Σ_t λ^(T−1−t) s(t) / Σ_t λ^(T−1−t), of the layer's shape (batch, …). Where the C kernels serve, `fired`
+    is the fraction of neurons that spiked in the last step.
+    """
+
+    def __init__(self, shape: Sequence[int], like: Tensor, neuron: Neuron, with_rate: bool = False):
+        self.neuron, self.native, self.steps, self.fired = neuron, native.serves(like), 0, 0.0
+        layout = torch.channels_last if self.native and len(shape) == 4 else torch.contiguous_format
+        self.potential, self.spikes = resting_state(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout))
+        self.total = torch.zeros_like(self.spikes) if with_rate else None
+
+    def step(self, current: Optional[Tensor], synapses: Optional[Synapses] = None, source: Optional["SpikingLayer"] = None,
+             mask: Optional[Tensor] = None) -> None:
+        """Advance by a time step under I = current + mask · synapses(source's spikes), where what is None adds nothing."""
+        self.steps += 1
+        if self.native:
+            self.fired = self._native_step(current, synapses, source, mask) / self.potential.numel()
+            return
+        if synapses is not None:
+            synaptic = synapses(source.spikes)
+            synaptic = synaptic if mask is None else synaptic * mask
+            current = synaptic if current is None else current + synaptic
+        self.potential, self.spikes = neuron_step(current, NeuronState(self.potential, self.spikes), self.neuron)
+        if self.total is not None:
+            self.total.mul_(self.neuron.leak).add_(self.spikes)
+
+    def _native_step(self, current, synapses, source, mask) -> int:
+        state = (self.potential, self.spikes, self.total, *self.neuron)
+        events = synapses.event_driven(source.fired) if synapses is not None else None
+        if events is not None:
+            return native.spike_step(events, source.spikes, current, mask, *state)
+        synaptic = None if synapses is None else kernel_layout(synapses(source.spikes))
+        return native.neuron_step(current, synaptic, mask, *state)
+
+    def rate(self) -> Tensor:
+        return self.total / rate_normaliser(self.steps, self.neuron.leak)
+
+
+class StaticInput:
+    """The same input current F x (batch, *first layer's shape) at every step, its dropout mask applied."""
+
+    def __init__(self, current: Tensor):
+        self.current = kernel_layout(current)
+
+    def at(self, t: int) -> Tensor:
+        return self.current
+
+    def part(self, samples: slice) -> "StaticInput":
+        return StaticInput(self.current[samples])
+
+    def __len__(self) -> int:
+        return len(self.current)
+
+
+class EventInput:
+    """The current mask · F x(t) of an event input x (T, batch, *input_shape), computed when its step comes."""
+
+    def __init__(self, x: Tensor, synapses: Synapses, mask: Optional[Tensor], rate: Optional[float] = None):
+        self.x, self.synapses, self.mask = x, synapses, mask
+        self.rate = x.count_nonzero().item() / x.numel() if rate is None and synapses.native else rate
+
+    def at(self, t: int) -> Tensor:
+        events = self.synapses.event_driven(self.rate) if self.synapses.native else None
+        current = self.synapses(self.x[t]) if events is None else native.apply(events, kernel_layout(self.x[t]))
+        return kernel_layout(current if self.mask is None else current.mul_(self.mask))
+
+    def part(self, samples: slice) -> "EventInput":
+        return EventInput(self.x[:, samples], self.synapses, None if self.mask is None else self.mask[samples], self.rate)
+
+    def __len__(self) -> int:
+        return self.x.shape[1]
+
+
+class Loop(NamedTuple):
+    """What a simulation needs of a network for one pass: its neuron, layer shapes, fixed connections and dropout masks."""
+
+    neuron: Neuron
+    shapes: Sequence[Sequence[int]]
+    hidden: Sequence[Synapses]
+    feedback: Synapses
+    masks: Masks
+
+    def part(self, samples: slice) -> "Loop":
+        def of(mask: Optional[Tensor]) -> Optional[Tensor]:
+            return None if mask is None else kernel_layout(mask[samples])
+        return self._replace(masks=Masks(None, [of(mask) for mask in self.masks.hidden], of(self.masks.feedback)))
+
+
+def simulate(loop: Loop, input: "StaticInput | EventInput", time_steps: int, observe: Optional[Observer] = None) -> Tensor:
+    """The last layer's firing rate (batch, *its shape) after `time_steps` steps.
+
+        layer 1:      I_1(t) = F x(t) + B s_L(t−1)
+        layer l > 1:  I_l(t) = W_l s_{l−1}(t)
+
+    `observe(t, spikes)` sees every layer's spikes at every step, all samples at once.
+    """
+    chunk = len(input)
+    if loop.feedback.native and observe is None:
+        state_bytes = 4 * 4 * sum(torch.Size(shape).numel() for shape in loop.shapes)
+        chunk = max(LEAST_CHUNK, CHUNK_BYTES // state_bytes)
+    parts = [slice(first, min(first + chunk, len(input))) for first in range(0, len(input), chunk)]
+    rates = [_simulate_chunk(loop.part(part), input.part(part), time_steps, observe) for part in parts]
+    return rates[0] if len(rates) == 1 else torch.cat(rates)
+
+
+def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: int, observe: Optional[Observer]) -> Tensor:
+    weight, last = loop.feedback.weight, len(loop.shapes) - 1
+    layers = [SpikingLayer((len(input), *shape), weight, loop.neuron, with_rate=layer == last) for layer, shape in enumerate(loop.shapes)]
+    for t in range(time_steps):
+        # No spike has been fed back before the first step.
+        feedback = (loop.feedback, layers[-1], loop.masks.feedback) if t > 0 else ()
+        layers[0].step(input.at(t), *feedback)
+        for layer, before, synapses, mask in zip(layers[1:], layers, loop.hidden, loop.masks.hidden):
+            layer.step(None, synapses, before, mask)
+        if observe is not None:
+            observe(t, [layer.spikes.clone() for layer in layers])
+    return layers[-1].rate()
