@@ -1,12 +1,12 @@
 """Feedforward connections: a linear map, batch normalisation and a variational dropout mask, in this order."""
 
 import math
-from typing import Optional, Sequence, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.jacobian import BatchNormDerivative, Link
 from modules.linear_map import LinearMap, scaled_filters
 from modules.simulation import Synapses
 
@@ -54,12 +54,20 @@ class Connection(nn.Module):
         """Shape of one sample's output for one sample's input, both without the batch dimension."""
         return self.map.output_shape(input_shape, self.linear.weight)
 
-    def forward(self, x: Tensor, mask: Optional[Tensor] = None, track: bool = True) -> Tensor:
-        """The connection in the module's mode. `track=False` leaves the running statistics alone in training mode too."""
-        y = self.linear(x)
-        if track or not self.training:
-            return masked(self.norm(y), mask)
-        return masked(F.batch_norm(y, None, None, self.norm.weight, self.norm.bias, training=True, eps=self.norm.eps), mask)
+    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        return masked(self.norm(self.linear(x)), mask)
+
+    def linearised(self, x: Tensor, training: bool) -> Tuple[Tensor, Link]:
+        """The output at `x` before any mask, and the link of Jᵀ there, with ones for its gain.
+
+        `training` says whether batch norm takes the statistics of the batch or the running ones; it updates none.
+        """
+        shape = x.shape[1:]
+        if not training:
+            fixed = self.frozen(shape)
+            return fixed(x), Link(self.map, fixed.weight, shape)
+        y, derivative = BatchNormDerivative.at(self.linear(x), self.norm)
+        return y, Link(self.map, self.linear.weight, shape, norm=derivative)
 
     def frozen(self, input_shape: Sequence[int], statistics_of: Optional[Tensor] = None) -> Synapses:
         """The connection as a fixed affine map, batch norm folded into weight and bias, for use at every time step.

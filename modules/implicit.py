@@ -4,15 +4,13 @@ At a = f(a, θ) the loss's gradient g = ∂L/∂a reaches the parameters as vᵀ
 """
 
 from dataclasses import dataclass
-from typing import Callable, NamedTuple, Optional
+from typing import Callable
 
 import torch
 from torch import Tensor
 
-from modules import native
-from modules.event_driven import event_map, kernel_layout
-from modules.linear_map import LinearMap
-from modules.solvers import METHODS, Anderson, Solution, solve
+from modules.jacobian import TransposedJacobian
+from modules.solvers import METHODS, Solution, solve
 
 
 @dataclass
@@ -35,31 +33,6 @@ class SolveTally:
         return self.iterations / max(self.solves, 1)
 
 
-# The fraction of units whose equilibrium rate can change below which the C kernel's solve beats PyTorch's dense products.
-EVENT_DRIVEN_BELOW = 0.4
-
-
-class LayerProduct(NamedTuple):
-    """v ↦ Jᵀ v = Bᵀ (gain · v) of one layer fed back onto itself: its feedback's map and weight, and gain (batch, *layer shape)."""
-
-    map: LinearMap
-    weight: Tensor
-    gain: Tensor
-
-    def __call__(self, v: Tensor) -> Tensor:
-        return self.map.adjoint(v * self.gain, self.weight)
-
-    def solve_by_kernel(self, gradient: Tensor, tol: float, max_iterations: int) -> Optional[Solution]:
-        """Solve v = gradient + Jᵀ v by the C kernel, sample by sample, or None where it can't serve or would be slower."""
-        if not native.serves(gradient) or self.gain.count_nonzero() >= EVENT_DRIVEN_BELOW * self.gain.numel():
-            return None
-        mirrored, weight = self.map.mirrored(self.weight)
-        adjoint = event_map(mirrored, weight, None, self.gain.shape[1:])
-        value, residual, products = native.solve_layer(adjoint, kernel_layout(self.gain), kernel_layout(gradient), tol, max_iterations,
-                                                       Anderson.regularisation)
-        return Solution(value, residual, products, residual <= tol)
-
-
 class BackwardSolver:
     """Solves v = g + Jᵀ v from v = g to a relative residual `tol`, in at most `max_iterations` products with Jᵀ.
 
@@ -78,7 +51,7 @@ class BackwardSolver:
 
     def __call__(self, vjp: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
         solution = None
-        if isinstance(vjp, LayerProduct) and self.method == "anderson":
+        if self.method == "anderson" and isinstance(vjp, TransposedJacobian):
             solution = vjp.solve_by_kernel(gradient, self.tol, self.max_iterations)
         if solution is None:
             solution = solve(lambda v: gradient + vjp(v), gradient, self.method, self.tol, self.max_iterations)
@@ -103,7 +76,7 @@ class _ImplicitGradient(torch.autograd.Function):
 
 
 def autograd_vjp(map: Callable[[Tensor], Tensor], point: Tensor) -> Callable[[Tensor], Tensor]:
-    """v ↦ Jᵀ v for J = ∂map/∂x at `point`, from the graph of one evaluation, kept for as long as the function lives."""
+    """v ↦ Jᵀ v for J = ∂map/∂x at `point`, for any map, from the graph of one evaluation, kept for as long as the function lives."""
     with torch.enable_grad():
         point = point.detach().requires_grad_()
         mapped = map(point)

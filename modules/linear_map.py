@@ -34,20 +34,21 @@ class LinearMap(NamedTuple):
             return F.conv2d(x, weight, bias, self.stride, self.padding)
         return F.conv_transpose2d(x, weight, bias, self.stride, self.padding, self.output_padding)
 
-    def adjoint(self, v: Tensor, weight: Tensor) -> Tensor:
-        """Wᵀ v, from (batch, *output shape) to (batch, *input shape); a strided convolution has none here."""
-        mirrored, weight = self.mirrored(weight)
+    def adjoint(self, v: Tensor, weight: Tensor, input_shape: Sequence[int]) -> Tensor:
+        """Wᵀ v, from (batch, *output shape) to (batch, *input_shape)."""
+        mirrored, weight = self.mirrored(weight, input_shape)
         return mirrored(v, weight)
 
-    def mirrored(self, weight: Tensor) -> Tuple["LinearMap", Tensor]:
-        """The adjoint as a map of its own, and its weight."""
+    def mirrored(self, weight: Tensor, input_shape: Sequence[int]) -> Tuple["LinearMap", Tensor]:
+        """The adjoint as a map of its own, and its weight. `input_shape` settles what a stride leaves open."""
         if self.kind == "dense":
             return self, weight.t()
-        if self.kind == "convolutional":
-            if self.stride != (1, 1):
-                raise ValueError("the adjoint of a strided convolution is not unique in its size: use stride 1")
-            return self._replace(kind="transposed"), weight
-        return LinearMap("convolutional", self.stride, self.padding), weight
+        if self.kind == "transposed":
+            return LinearMap("convolutional", self.stride, self.padding), weight
+        output_shape = self.output_shape(input_shape, weight)
+        left_over = [size - ((out - 1) * s - 2 * pad + k) for size, out, k, s, pad
+                     in zip(input_shape[1:], output_shape[1:], weight.shape[2:], self.stride, self.padding)]
+        return LinearMap("transposed", self.stride, self.padding, tuple(left_over)), weight
 
     def output_shape(self, input_shape: Sequence[int], weight: Tensor) -> Tuple[int, ...]:
         """Shape of one sample's output for one sample's input, both without the batch dimension."""

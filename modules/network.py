@@ -5,9 +5,10 @@ from typing import List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from modules.connection import Connection, dropout_mask
+from modules.connection import Connection, dropout_mask, masked
 from modules.feedback import Feedback
-from modules.implicit import BackwardSolver, LayerProduct, attach_gradient, autograd_vjp
+from modules.implicit import BackwardSolver, attach_gradient
+from modules.jacobian import Link, TransposedJacobian
 from modules.neuron import Neuron, equilibrium_rate, rate_weights
 from modules.simulation import EventInput, Loop, Masks, Observer, StaticInput, Synapses, simulate
 
@@ -20,16 +21,20 @@ class FeedbackSNN(nn.Module):
 
     A static input is (batch, *input_shape), the same current at each of the T steps; an event input (`events=True`) is
     time first, (T, batch, *input_shape). The readout sees the flattened firing rate of layer L. When gradients are enabled,
-    that rate carries the implicit gradient of its equilibrium, solved by `solver`.
+    that rate carries the implicit gradient of its equilibrium, solved by `solver`; `jacobian_bn` says whether the batch norms of
+    hidden connections stand in J as they do in f ("train") or on their running statistics ("eval").
     """
 
     def __init__(self, input_shape: Sequence[int], input: Connection, hidden: Sequence[Connection], feedback: Feedback,
                  classes: int, neuron: Neuron, time_steps: int, dropout: float = 0.0, events: bool = False,
-                 solver: Optional[BackwardSolver] = None):
+                 solver: Optional[BackwardSolver] = None, jacobian_bn: str = "train"):
         super().__init__()
         self.input, self.hidden, self.feedback = input, nn.ModuleList(hidden), feedback
         self.neuron, self.time_steps, self.dropout, self.events = neuron, time_steps, dropout, events
         self.solver = solver or BackwardSolver()
+        if jacobian_bn not in ("train", "eval"):
+            raise ValueError(f"jacobian_bn is train or eval, not {jacobian_bn!r}")
+        self.jacobian_bn = jacobian_bn
         self.input_shape = tuple(input_shape)
         self.layer_shapes = [self.input.output_shape(self.input_shape)]
         for connection in self.hidden:
@@ -53,29 +58,40 @@ class FeedbackSNN(nn.Module):
             rate = self._with_gradient(rate, current, weight, masks)
         return self.readout(rate.flatten(1))
 
-    def equilibrium_map(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks(), track: bool = True) -> Tensor:
+    def equilibrium_map(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> Tensor:
         """f: one lap round the loop, from the last layer's rate to itself (method section 5).
 
             a_1 = clamp((B a_L + F x̄) / V_th, 0, 1),    a_l = clamp(W_l a_{l−1} / V_th, 0, 1)
 
         `rate` is (batch, *last layer's shape), `current` = F x̄ (batch, *first layer's shape) and `weight` the normalised
-        feedback. Batch norms follow the module's mode; `track=False` leaves their running statistics alone.
+        feedback. Batch norms follow the module's mode.
         """
         rate, _ = equilibrium_rate(current + self.feedback(rate, weight, masks.feedback), self.neuron)
         for connection, mask in zip(self.hidden, masks.hidden or [None] * len(self.hidden)):
-            rate, _ = equilibrium_rate(connection(rate, mask, track), self.neuron)
+            rate, _ = equilibrium_rate(connection(rate, mask), self.neuron)
         return rate
 
     def _with_gradient(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks) -> Tensor:
         """`rate` with the implicit gradient; J is taken at the rate for one layer, at f(rate) with hidden layers."""
-        if not self.hidden:
-            mapped, slope = equilibrium_rate(current + self.feedback(rate, weight, masks.feedback), self.neuron)
-            gain = slope if masks.feedback is None else slope * masks.feedback
-            return attach_gradient(rate, mapped, LayerProduct(self.feedback.map, weight.detach(), gain), self.solver)
-        mapped = self.equilibrium_map(rate, current, weight, masks)
-        # The running statistics have seen this batch in f's first evaluation.
-        vjp = autograd_vjp(lambda a: self.equilibrium_map(a, current.detach(), weight.detach(), masks, track=False), mapped)
-        return attach_gradient(rate, mapped, vjp, self.solver)
+        if self.hidden:
+            mapped = self.equilibrium_map(rate, current, weight, masks)
+            return attach_gradient(rate, mapped, self._jacobian(mapped, current, weight, masks), self.solver)
+        # The one evaluation of f, at the rate, gives the value and the slope.
+        mapped, slope = equilibrium_rate(current + self.feedback(rate, weight, masks.feedback), self.neuron)
+        link = Link(self.feedback.map, weight.detach(), rate.shape[1:], masked(slope, masks.feedback))
+        return attach_gradient(rate, mapped, TransposedJacobian([link]), self.solver)
+
+    @torch.no_grad()
+    def _jacobian(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks) -> TransposedJacobian:
+        """Jᵀ of f at `rate`; the batch norms of hidden connections as in f, or on running statistics for jacobian_bn "eval"."""
+        training = self.training and self.jacobian_bn == "train"
+        layer_rate, slope = equilibrium_rate(current + self.feedback(rate, weight, masks.feedback), self.neuron)
+        links = [Link(self.feedback.map, weight, rate.shape[1:], masked(slope, masks.feedback))]
+        for connection, mask in zip(self.hidden, masks.hidden):
+            drive, link = connection.linearised(layer_rate, training)
+            layer_rate, slope = equilibrium_rate(masked(drive, mask), self.neuron)
+            links.append(link._replace(gain=masked(slope, mask)))
+        return TransposedJacobian(links)
 
     @torch.no_grad()
     def _simulate(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor, masks: Masks,

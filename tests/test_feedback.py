@@ -54,7 +54,7 @@ def test_adjoint(kind):
     weight = feedback.normalised_weight().detach()
     s, v = torch.randn(2, *last, dtype=torch.float64), torch.randn(2, *first, dtype=torch.float64)
     assert feedback.map.output_shape(last, weight) == first
-    assert (feedback(s, weight) * v).sum().item() == pytest.approx((s * feedback.map.adjoint(v, weight)).sum().item(), rel=1e-10)
+    assert (feedback(s, weight) * v).sum().item() == pytest.approx((s * feedback.map.adjoint(v, weight, last)).sum().item(), rel=1e-10)
 
 
 def test_initial_filters_have_unit_norm_per_output_channel():

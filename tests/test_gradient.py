@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from modules.implicit import BackwardSolver, attach_gradient, autograd_vjp
+from modules.neuron import make_neuron
 from modules.solvers import METHODS
+from modules.zoo import alexnet_f
 from tests import naive
 from tests.networks import KINDS, explicit_masks, small_network
 
@@ -47,6 +49,29 @@ def test_equals_a_dense_solve_to_the_tolerance(kind, method, tol):
     scale = max(gradient.norm() for gradient in expected.values())
     for name, parameter in network.named_parameters():
         assert (parameter.grad - expected[name]).norm() <= 10 * tol * scale + 1e-10 * scale, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("jacobian_bn", ["train", "eval"])
+def test_products_equal_autograds(kind, jacobian_bn):
+    """v ↦ Jᵀ v, link by link, against the graph of f, whose hidden batch norms are switched for jacobian_bn "eval"."""
+    network, x = small_network(kind, dropout=0.3)
+    network.jacobian_bn = jacobian_bn
+    masks = network._draw_masks(x)
+    with torch.no_grad():
+        current, weight = network.input(network._mean_input(x), masks.input), network.feedback.normalised_weight()
+        point = torch.rand(len(current), *network.layer_shapes[-1], dtype=x.dtype)
+    jacobian = network._jacobian(point, current, weight, masks)
+    network.hidden.train(jacobian_bn == "train")
+    reference = autograd_vjp(lambda a: network.equilibrium_map(a, current, weight, masks), point)
+    v = torch.randn_like(point)
+    assert reference(v).norm() > 0.01 * v.norm()
+    torch.testing.assert_close(jacobian(v), reference(v), atol=1e-12, rtol=1e-12)
+
+
+def test_jacobian_bn_is_train_or_eval():
+    with pytest.raises(ValueError, match="jacobian_bn"):
+        alexnet_f((3, 4, 4, 3, 3), size=8, neuron=make_neuron(1, 1), time_steps=2, jacobian_bn="both")
 
 
 @pytest.mark.parametrize("kind", KINDS)

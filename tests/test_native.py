@@ -12,7 +12,8 @@ from torch import nn
 
 from modules import native
 from modules.event_driven import event_map, kernel_layout
-from modules.implicit import BackwardSolver, LayerProduct
+from modules.implicit import BackwardSolver
+from modules.jacobian import Link, TransposedJacobian
 from modules.linear_map import LinearMap
 from modules.neuron import make_neuron
 from modules.simulation import SpikingLayer
@@ -132,6 +133,10 @@ FEEDBACKS = [(nn.Linear(9, 9, bias=False), (9,), 4), (nn.Linear(45, 45, bias=Fal
              (nn.Conv2d(3, 3, 5, padding=2, bias=False), (3, 7, 6), 5), (nn.Conv2d(40, 40, 3, padding=1, bias=False), (40, 6, 6), 3)]
 
 
+def product_of(map, weight, gain):
+    return TransposedJacobian([Link(map, weight, gain.shape[1:], gain)])
+
+
 @pytest.mark.parametrize("feedback,shape,batch", FEEDBACKS)
 @pytest.mark.parametrize("tol", [1e-2, 1e-5])
 @pytest.mark.parametrize("threads", [1, 2])
@@ -141,10 +146,10 @@ def test_layer_solve_reaches_the_tolerance_and_says_so(feedback, shape, batch, t
     weight *= 1.5 / torch.linalg.svdvals(weight.flatten(1))[0]
     gain = 0.5 * (torch.arange(batch * weight.new_empty(shape).numel()) % 3 == 0).float().view(batch, *shape)
     gradient = torch.randn(batch, *shape) * torch.logspace(-6, 0, batch).view(-1, *[1] * len(shape))
-    solver, product = BackwardSolver(tol=tol, max_iterations=100), LayerProduct(LinearMap.of(feedback), weight, gain)
+    solver, product = BackwardSolver(tol=tol, max_iterations=100), product_of(LinearMap.of(feedback), weight, gain)
     assert product.solve_by_kernel(gradient, tol, 100) is not None
     v = solver(product, gradient)
-    exact = LayerProduct(product.map, weight.double(), gain.double())
+    exact = product_of(LinearMap.of(feedback), weight.double(), gain.double())
     residual = (gradient.double() + exact(v.double()) - v.double()).norm() / gradient.double().norm()
     assert residual <= tol * 1.01 and abs(residual - solver.tally.worst_residual) < 1e-6
     assert solver.tally.not_converged == 0
@@ -156,13 +161,13 @@ def test_layer_solve_that_does_not_converge_is_counted():
     weight, gradient = 6 * torch.randn(30, 30), torch.randn(4, 30)
     gain = torch.zeros(4, 30)
     gain[:, :10] = 1
-    product, solver = LayerProduct(LinearMap("dense"), weight, gain), BackwardSolver(tol=1e-6, max_iterations=3)
+    product, solver = product_of(LinearMap("dense"), weight, gain), BackwardSolver(tol=1e-6, max_iterations=3)
     v = solver(product, gradient)
     residual = (gradient + product(v) - v).norm() / gradient.norm()
     assert solver.tally.not_converged == 1 and solver.tally.iterations == 3
     assert solver.tally.worst_residual == pytest.approx(residual.item(), rel=1e-4)
     broken = BackwardSolver()
-    assert broken(product._replace(weight=weight * float("nan")), gradient).isfinite().all() and broken.tally.not_converged == 1
+    assert broken(product_of(LinearMap("dense"), weight * float("nan"), gain), gradient).isfinite().all() and broken.tally.not_converged == 1
     zero = BackwardSolver()
     assert zero(product, torch.zeros(4, 30)).eq(0).all() and zero.tally.not_converged == 0
 

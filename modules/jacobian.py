@@ -1,0 +1,77 @@
+"""Products with the transposed Jacobian Jᵀ of the equilibrium map, layer by layer, without an autograd graph (method section 6).
+
+One lap round the loop is a chain of links, a_l = clamp(mask · BN(W a_{l−1}) / V_th, 0, 1), so v ↦ Jᵀ v runs backwards through
+v ↦ Wᵀ BN'ᵀ (gain · v) with gain = mask / V_th where the clamp lets a change pass, else 0.
+"""
+
+from typing import NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from modules import native
+from modules.event_driven import event_map, kernel_layout
+from modules.linear_map import LinearMap
+from modules.solvers import Anderson, Solution
+
+# The fraction of units whose equilibrium rate can change below which the C kernel's solve beats PyTorch's dense products.
+EVENT_DRIVEN_BELOW = 0.4
+
+
+class BatchNormDerivative(NamedTuple):
+    """The transposed derivative of a batch norm in training mode, its samples' coupling through the statistics included.
+
+        q ↦ γ/σ · (q − mean(q) − x̂ · mean(q x̂)),    means over the batch and space
+    """
+
+    input: Tensor
+    norm: nn.Module
+    mean: Tensor
+    inverse_std: Tensor
+
+    @classmethod
+    def at(cls, input: Tensor, norm: nn.Module) -> Tuple[Tensor, "BatchNormDerivative"]:
+        """The batch norm's output for `input` with the statistics of the batch, and its derivative there; no statistic is updated."""
+        output, mean, inverse_std = torch.native_batch_norm(input, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
+        return output, cls(input, norm, mean, inverse_std)
+
+    def __call__(self, q: Tensor) -> Tensor:
+        return torch.ops.aten.native_batch_norm_backward(q, self.input, self.norm.weight, None, None, self.mean, self.inverse_std, True,
+                                                         self.norm.eps, [True, False, False])[0]
+
+
+class Link(NamedTuple):
+    """One layer's part of Jᵀ: v ↦ Wᵀ BN'ᵀ (gain · v), from (batch, *its shape) to (batch, *input_shape)."""
+
+    map: LinearMap
+    weight: Tensor
+    input_shape: Sequence[int]
+    gain: Optional[Tensor] = None
+    norm: Optional[BatchNormDerivative] = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        q = v if self.gain is None else v * self.gain
+        return self.map.adjoint(q if self.norm is None else self.norm(q), self.weight, self.input_shape)
+
+
+class TransposedJacobian:
+    """v ↦ Jᵀ v for the links of one lap in the order of the layers, the first holding the feedback; keeps v's shape and dtype."""
+
+    def __init__(self, links: Sequence[Link]):
+        self.links = list(links)
+
+    @torch.no_grad()
+    def __call__(self, v: Tensor) -> Tensor:
+        for link in reversed(self.links):
+            v = link(v)
+        return v
+
+    def solve_by_kernel(self, gradient: Tensor, tol: float, max_iterations: int) -> Optional[Solution]:
+        """Solve v = gradient + Jᵀ v of a single layer by the C kernel, sample by sample; None where it can't serve or would be slower."""
+        link = self.links[0]
+        if len(self.links) > 1 or not native.serves(gradient) or link.gain.count_nonzero() >= EVENT_DRIVEN_BELOW * link.gain.numel():
+            return None
+        adjoint = event_map(*link.map.mirrored(link.weight, link.input_shape), None, link.gain.shape[1:])
+        value, residual, products = native.solve_layer(adjoint, kernel_layout(link.gain), kernel_layout(gradient), tol, max_iterations,
+                                                       Anderson.regularisation)
+        return Solution(value, residual, products, residual <= tol)
