@@ -52,11 +52,19 @@ def event_map(map: LinearMap, weight: Tensor, bias: Optional[Tensor], input_shap
     """`map` with `weight` and `bias` for one input shape, without the batch dimension. Float32 on the CPU, no gradient."""
     output_shape = map.output_shape(input_shape, weight)
     geometry = _geometry(map, tuple(input_shape), output_shape, tuple(weight.shape[2:]))
-    panels = -(-output_shape[0] // native.PANEL)
-    spare = panels * native.PANEL - output_shape[0]
-    rows = F.pad(_rows(map, weight.detach()), (0, spare))
-    packed = rows.view(-1, panels, native.PANEL).transpose(0, 1).contiguous()
-    return EventMap(geometry, packed, None if bias is None else F.pad(bias.detach(), (0, spare)), output_shape)
+    bias = None if bias is None else F.pad(bias.detach(), (0, -output_shape[0] % native.PANEL))
+    return EventMap(geometry, _panels(_rows(map, weight.detach())), bias, output_shape)
+
+
+def _panels(rows: Tensor) -> Tensor:
+    """Weight rows (rows, output channels) as panels (panels, rows, PANEL), with zeros behind the last channel."""
+    whole, rest = divmod(rows.shape[1], native.PANEL)
+    packed = rows.new_empty(whole + (rest > 0), rows.shape[0], native.PANEL)
+    packed[:whole] = rows[:, :whole * native.PANEL].unflatten(1, (whole, native.PANEL)).transpose(0, 1)
+    if rest:
+        packed[whole, :, :rest] = rows[:, whole * native.PANEL:]
+        packed[whole, :, rest:] = 0
+    return packed
 
 
 def kernel_layout(x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class TransposedJacobian:
     def solve_by_kernel(self, gradient: Tensor, tol: float, max_iterations: int) -> Optional[Solution]:
         """Solve v = gradient + Jᵀ v of a single layer by the C kernel, sample by sample; None where it can't serve or would be slower."""
         link = self.links[0]
-        if len(self.links) > 1 or not native.serves(gradient) or link.gain.count_nonzero() >= EVENT_DRIVEN_BELOW * link.gain.numel():
+        if len(self.links) > 1 or not native.serves(gradient) or native.more_active_than(link.gain, EVENT_DRIVEN_BELOW):
             return None
         adjoint = event_map(*link.map.mirrored(link.weight, link.input_shape), None, link.gain.shape[1:])
         value, residual, products = native.solve_layer(adjoint, kernel_layout(link.gain), kernel_layout(gradient), tol, max_iterations,

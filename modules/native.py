@@ -52,6 +52,7 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.neuron_step.argtypes = [pointer] * 6 + [size, real, real]
     kernels.spike_step.argtypes = [pointer] * 9 + [size, real, real]
     kernels.neuron_step.restype = kernels.spike_step.restype = size
+    kernels.more_active_than.argtypes = [pointer, size, double]
     kernels.solve_layer.argtypes = [pointer] * 5 + [size, double, size, double] + [pointer] * 2
     return kernels
 
@@ -108,6 +109,11 @@ def apply(synapses: "EventMap", source: Tensor) -> Tensor:
     pointers = map(_pointer, (synapses.packed, synapses.bias, source, None, None, None, out, None))
     _check(library().spike_step(synapses.geometry.pointer, *pointers, len(source), 0.0, 0.0))
     return out
+
+
+def more_active_than(values: Tensor, fraction: float) -> bool:
+    """Whether more than this fraction of `values` is not zero."""
+    return bool(library().more_active_than(values.contiguous().data_ptr(), values.numel(), fraction * values.numel()))
 
 
 def solve_layer(adjoint: "EventMap", gain: Tensor, gradient: Tensor, tol: float, max_iterations: int,

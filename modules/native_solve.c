@@ -143,6 +143,15 @@ static ptrdiff_t iterate(const struct map *map, const float *packed, struct solv
     return products;
 }
 
+/* Whether more than `most` of n values are not zero. */
+int more_active_than(const float *values, ptrdiff_t n, double most)
+{
+    ptrdiff_t count = 0;
+    for (ptrdiff_t i = 0; i < n; i++)
+        count += values[i] != 0.0f;
+    return count > most;
+}
+
 /* `map` and `packed` are those of B^T, from the layer to itself; gain, g, v: (batch, n). Every sample is solved to |residual| <= bound
  * or `most` products. `squares` becomes the sum of the squared residuals, `products` the number of products over all samples. Returns
  * -1 where memory is short, else 0. */
