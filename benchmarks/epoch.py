@@ -8,77 +8,71 @@ matrix products, measured next to each pair.
 """
 
 import argparse
-import json
-import statistics
 import time
 from functools import partial
-from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Dict
 
 import torch
 
-from benchmarks.machine import describe_machine, matmul_rate, run_isolated
+from benchmarks import multiply_adds
+from benchmarks.machine import describe_machine, matmul_rate
+from benchmarks.results import HEADER, describe_row, make_row, save_rows
+from benchmarks.worker import Worker
 from benchmarks.yardstick import yardstick_epoch, yardstick_f400
 from fmnist_mlp import RECIPE
 from modules.neuron import make_neuron
 from utils.arguments import parse_arguments
 from utils.batches import Batches
-from utils.experiment import make_optimizer
 from utils.firing_rate import FiringRates
-from utils.training import evaluate, train_one_epoch
+from utils.training import evaluate, make_optimizer, train_one_epoch
 from utils.torchvision_import import import_torchvision
 
-WIDTH, INPUTS, CLASSES, TRAIN, TEST = 400, 784, 10, 60_000, 10_000
+
+class Project:
+    """The project's training; its data is loaded once, as in a run, and a first epoch warms it up."""
+
+    def __init__(self, path: str):
+        torch.manual_seed(0)
+        self.args = args = parse_arguments(RECIPE, ["--path", path])
+        start = time.perf_counter()
+        train, test = RECIPE.data(args)
+        self.load_s = time.perf_counter() - start
+        self.network = RECIPE.network(neuron=make_neuron(args.vth, args.leaky), time_steps=args.time_step, dropout=args.dropout)
+        self.optimizer = make_optimizer(self.network, args)
+        self.train, self.test = Batches(train, args.train_batch, shuffled=True), Batches(test, args.test_batch, shuffled=False)
+        self.epoch()
+
+    def epoch(self) -> Dict[str, float]:
+        """Seconds of an epoch, the multiply-adds in it, seconds of loading the data once, and the firing rate after it."""
+        self.network.solver.reset_tally()
+        start = time.perf_counter()
+        train_one_epoch(self.network, self.train, self.optimizer, lambda iteration: self.args.lr)
+        evaluate(self.network, self.test)
+        seconds = time.perf_counter() - start
+        work = (len(self.train.samples.labels) * multiply_adds.training_step(self.network, self.network.solver.tally.mean_iterations)
+                + len(self.test.samples.labels) * multiply_adds.evaluation(self.network))
+        rates = FiringRates(self.network.neuron_counts)
+        evaluate(self.network, self.test, rates)
+        return {"seconds": seconds, "multiply_adds": work, "load_s": self.load_s, "firing_rate": rates.total}
 
 
-def project_epoch(path: str) -> Dict[str, float]:
-    """Seconds of one epoch after a warm-up epoch, of loading the data once, products with Jᵀ per step, and the firing rate."""
-    torch.manual_seed(0)
-    args = parse_arguments("", RECIPE.defaults, ["--path", path])
-    start = time.perf_counter()
-    train, test = RECIPE.data(args)
-    load_s = time.perf_counter() - start
-    network = RECIPE.network(neuron=make_neuron(args.vth, args.leaky), time_steps=args.time_step, dropout=args.dropout)
-    optimizer = make_optimizer(network, args)
-    train_batches, test_batches = Batches(train, args.train_batch, shuffled=True), Batches(test, args.test_batch, shuffled=False)
-    train_one_epoch(network, train_batches, optimizer, lambda iteration: args.lr)
-    network.solver.reset_tally()
-    start = time.perf_counter()
-    train_one_epoch(network, train_batches, optimizer, lambda iteration: args.lr)
-    evaluate(network, test_batches)
-    seconds = time.perf_counter() - start
-    rates = FiringRates(network.neuron_counts)
-    evaluate(network, test_batches, rates)
-    return {"seconds": seconds, "load_s": load_s, "products": network.solver.tally.mean_iterations, "firing_rate": rates.total}
+class Yardstick:
+    """The yardstick's training, its samples transformed one by one."""
 
+    def __init__(self, path: str, workers: int):
+        torch.manual_seed(0)
+        vision = import_torchvision()
+        transform = vision.transforms.Compose([vision.transforms.ToTensor(), vision.transforms.Normalize((0.1307,), (0.3081,)),
+                                               partial(torch.flatten, start_dim=0)])
+        self.data = [vision.datasets.FashionMNIST(path, train=part, transform=transform) for part in (True, False)]
+        self.network, self.workers = yardstick_f400(), workers
+        self.optimizer = torch.optim.SGD(self.network.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
 
-def yardstick_seconds(path: str, workers: int) -> float:
-    """Seconds of one epoch of the yardstick, its samples transformed one by one."""
-    torch.manual_seed(0)
-    vision = import_torchvision()
-    transform = vision.transforms.Compose([vision.transforms.ToTensor(), vision.transforms.Normalize((0.1307,), (0.3081,)),
-                                           partial(torch.flatten, start_dim=0)])
-    train, test = (vision.datasets.FashionMNIST(path, train=part, transform=transform) for part in (True, False))
-    network = yardstick_f400()
-    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-    start = time.perf_counter()
-    yardstick_epoch(network, optimizer, train, test, workers)
-    return time.perf_counter() - start
-
-
-def multiply_adds(products: float, time_steps: int = 5) -> float:
-    """Multiply-adds of the project's matrix products in one epoch, with so many products with Jᵀ per training step."""
-    dense, feedback, readout = INPUTS * WIDTH, WIDTH * WIDTH, WIDTH * CLASSES
-    simulation = dense + (time_steps - 1) * feedback + readout
-    gradient = feedback + products * feedback + (dense + feedback) + 2 * readout
-    return TRAIN * (simulation + gradient) + TEST * simulation
-
-
-def measure(path: str, workers: int) -> Tuple[Dict[str, float], float, float, float, float]:
-    """One pair: the project's figures and peak MB, the yardstick's seconds and peak MB, and the floor in seconds."""
-    project, project_mb = run_isolated(project_epoch, path)
-    yardstick, yardstick_mb = run_isolated(yardstick_seconds, path, workers)
-    return project, project_mb, yardstick, yardstick_mb, multiply_adds(project["products"]) / matmul_rate()
+    def epoch(self) -> float:
+        """Seconds of an epoch."""
+        start = time.perf_counter()
+        yardstick_epoch(self.network, self.optimizer, *self.data, self.workers)
+        return time.perf_counter() - start
 
 
 def main() -> None:
@@ -87,36 +81,19 @@ def main() -> None:
     parser.add_argument("--path", default="./data", help="folder of the data sets")
     parser.add_argument("--workers", type=int, default=2, help="the yardstick's DataLoader processes")
     args = parser.parse_args()
-    RECIPE.data(parse_arguments("", RECIPE.defaults, ["--path", args.path]))  # Fetch what is missing before anything is timed.
-    print(describe_machine())
-    pairs = [measure(args.path, args.workers) for _ in range(args.pairs)]
-    row = summarise(pairs)
-    print(f"{'':10s} {'median s':>9s} {'peak MB':>8s}")
-    print(f"{'project':10s} {row['project_s']:9.2f} {row['project_peak_mb']:8.0f}   (and {pairs[0][0]['load_s']:.2f} s once a run to load the data)")
-    print(f"{'yardstick':10s} {row['yardstick_s']:9.2f} {row['yardstick_peak_mb']:8.0f}   (its {args.workers} loader processes not counted)")
-    print(f"{'floor':10s} {row['floor_s']:9.2f}")
-    print(f"speed-up over the yardstick {row['speedup']:.1f}, time over the floor {row['over_floor']:.2f} (medians of {args.pairs} pairs)")
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    (results / "cpu.json").write_text(json.dumps([{**row, "machine": describe_machine(), "date": time.strftime("%Y-%m-%d")}], indent=1) + "\n")
-
-
-def summarise(pairs) -> Dict[str, Any]:
-    """One row of the results file: medians, and medians of the ratios pair by pair."""
-    def median(of):
-        return statistics.median(of(*pair) for pair in pairs)
-
-    return {
-        "name": "F400 on Fashion-MNIST, an epoch",
-        "project_s": median(lambda p, pm, y, ym, f: p["seconds"]),
-        "yardstick_s": median(lambda p, pm, y, ym, f: y),
-        "floor_s": median(lambda p, pm, y, ym, f: f),
-        "speedup": median(lambda p, pm, y, ym, f: y / p["seconds"]),
-        "over_floor": median(lambda p, pm, y, ym, f: p["seconds"] / f),
-        "project_peak_mb": median(lambda p, pm, y, ym, f: pm),
-        "yardstick_peak_mb": median(lambda p, pm, y, ym, f: ym),
-        "firing_rate": median(lambda p, pm, y, ym, f: p["firing_rate"]),
-    }
+    RECIPE.data(parse_arguments(RECIPE, ["--path", args.path]))  # Fetch what is missing before anything is timed.
+    print(f"{describe_machine()}\n{HEADER}")
+    project, yardstick = Worker(Project, args.path), Worker(Yardstick, args.path, args.workers)
+    own, others, floors = [], [], []
+    for _ in range(args.pairs):
+        own.append(project.call("epoch"))
+        others.append(yardstick.call("epoch"))
+        floors.append(own[-1]["multiply_adds"] / matmul_rate())
+    row = make_row("F400 on Fashion-MNIST, an epoch", [figures["seconds"] for figures in own], others, floors, project.close(),
+                   yardstick.close(), own[-1]["firing_rate"])
+    print(describe_row(row))
+    print(f"Loading the data takes the project {own[-1]['load_s']:.2f} s once a run. Not counted in the yardstick's memory are its "
+          f"{args.workers} loader processes.\nrow written to {save_rows('cpu', [row])}")
 
 
 if __name__ == "__main__":

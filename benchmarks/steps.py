@@ -1,0 +1,205 @@
+"""Times training steps and evaluations of F400, F64C5 and AlexNet-F, the project against the yardstick and the machine's limit.
+
+    python -m benchmarks.steps [--device cpu|cuda] [--turns 3] [--path ./data] [--only F64C5]
+
+Project and yardstick take turns on the same batch of real images with the same weights, which the project has trained for a while
+first (--warm-steps), so that both run at real firing rates. The floor is the time that the project's multiply-adds, done densely,
+take at the rate of the device's own float32 matrix products, measured in every turn.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import multiply_adds
+from benchmarks.machine import describe_machine, matmul_rate
+from benchmarks.results import HEADER, describe_row, make_row, save_rows
+from benchmarks.worker import Worker
+from benchmarks.yardstick import copy_weights, yardstick_alexnet_f, yardstick_f400, yardstick_f64c5
+from modules.neuron import make_neuron
+from modules.zoo import alexnet_f, f64c5_mnist, f400
+from utils.batches import Batches
+from utils.datasets import load_cifar, load_fashion_mnist, load_mnist
+from utils.firing_rate import FiringRates
+
+
+class Case(NamedTuple):
+    network: str
+    training: bool
+    batch: int
+    time_steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}, {'training step' if self.training else 'evaluation'}, batch {self.batch}, T = {self.time_steps}"
+
+
+CASES = [
+    Case("F400", True, 128, 5), Case("F400", False, 200, 5), Case("F64C5", True, 128, 30), Case("F64C5", False, 200, 30),
+    Case("AlexNet-F", True, 32, 30), Case("AlexNet-F", False, 32, 30),
+    *[Case("F64C5", True, 32, steps) for steps in (5, 10, 30, 100)], *[Case("F64C5", True, batch, 10) for batch in (8, 128)],
+]
+GPU_CASES = [
+    Case("F400", True, 128, 5), Case("F64C5", True, 128, 30), Case("F64C5", False, 200, 30), Case("AlexNet-F", True, 128, 30),
+    Case("AlexNet-F", False, 200, 30), *[Case("AlexNet-F", True, 128, steps) for steps in (5, 10, 100)],
+]
+NETWORKS = {"F400": (f400, yardstick_f400, 0.95), "F64C5": (f64c5_mnist, yardstick_f64c5, 0.95),
+            "AlexNet-F": (alexnet_f, yardstick_alexnet_f, 0.99)}
+WARM_STEPS = {"F400": 400, "F64C5": 40, "AlexNet-F": 25}
+
+
+def load_images(network: str, path: str):
+    if network == "F400":
+        return load_fashion_mnist(path).normalised(0.1307, 0.3081, flatten=True)[0]
+    if network == "F64C5":
+        return load_mnist(path).normalised(0.1307, 0.3081)[0]
+    return load_cifar(path, "cifar10").normalised((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))[0]
+
+
+class Side:
+    """One contestant: a network, an optimiser, and the batch that it steps on."""
+
+    def __init__(self, case: Case, device: str, batch_file: str):
+        self.case, self.device = case, torch.device(device)
+        self.x, self.labels = (tensor.to(self.device) for tensor in torch.load(batch_file))
+
+    def start(self) -> None:
+        self.network.to(self.device).train(self.case.training)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), 0.0, momentum=0.9, fused=self.fused)
+
+    def time(self) -> float:
+        """Seconds of one step, its learning rate 0 so that every turn does the same work."""
+        self._wait()
+        start = time.perf_counter()
+        with torch.set_grad_enabled(self.case.training):
+            logits = self.network(self.x)
+            if self.case.training:
+                self.optimizer.zero_grad()
+                F.cross_entropy(logits, self.labels).backward()
+                self.optimizer.step()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Project(Side):
+    fused = True
+
+    def __init__(self, case: Case, device: str, batch_file: str, weights: str):
+        super().__init__(case, device, batch_file)
+        self.network = build(case)
+        self.network.load_state_dict(torch.load(weights))
+        self.start()
+
+    def facts(self) -> Dict[str, float]:
+        """Multiply-adds of the batch, done densely, and the firing rate."""
+        tally = self.network.solver.tally
+        per_sample = (multiply_adds.training_step(self.network, tally.mean_iterations) if self.case.training
+                      else multiply_adds.evaluation(self.network))
+        rates = FiringRates(self.network.neuron_counts)
+        with torch.no_grad():
+            self.network.eval()(self.x[:16], observe=rates)
+        return {"multiply_adds": per_sample * len(self.x), "firing_rate": rates.total}
+
+
+class Yardstick(Side):
+    fused = False
+
+    def __init__(self, case: Case, device: str, batch_file: str, weights: str):
+        super().__init__(case, device, batch_file)
+        project = build(case)
+        project.load_state_dict(torch.load(weights))
+        _, make, leak = NETWORKS[case.network]
+        self.network = make(time_steps=case.time_steps, leak=leak)
+        copy_weights(self.network, project)
+        self.start()
+
+
+class Rate:
+    def __init__(self, device: str):
+        self.device = device
+
+    def measure(self) -> float:
+        return matmul_rate(device=self.device)
+
+
+def build(case: Case):
+    make, _, leak = NETWORKS[case.network]
+    return make(neuron=make_neuron(2.0, leak), time_steps=case.time_steps, dropout=0.2)
+
+
+class Trained:
+    """Trains a network for some steps and leaves its weights in a file."""
+
+    def __init__(self, network: str, device: str, path: str):
+        self.name, self.device, self.samples = network, torch.device(device), load_images(network, path)
+
+    def batch(self, size: int, file: str) -> None:
+        torch.save((self.samples.inputs[:size].clone(), self.samples.labels[:size].clone()), file)
+
+    def weights(self, steps: int, file: str) -> None:
+        torch.manual_seed(0)
+        case = next(case for case in CASES if case.network == self.name)
+        network = build(case).to(self.device).train()
+        optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, fused=True)
+        batches = iter(Batches(self.samples, case.batch, shuffled=True))
+        for step in range(steps):
+            x, labels = next(batches)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * min(1, (step + 1) / 20)
+            optimizer.zero_grad()
+            F.cross_entropy(network(x.to(self.device)), labels.to(self.device)).backward()
+            optimizer.step()
+        torch.save({name: tensor.cpu() for name, tensor in network.state_dict().items()}, file)
+
+
+def measure(case: Case, device: str, batch_file: str, weights: str, turns: int) -> Dict[str, Any]:
+    """One row of the table."""
+    project, yardstick = (Worker(side, case, device, batch_file, weights) for side in (Project, Yardstick))
+    rate = Worker(Rate, device)
+    for side in (project, yardstick):
+        side.call("time")
+    times, floors = {"project": [], "yardstick": []}, []
+    for _ in range(turns):
+        times["project"].append(project.call("time"))
+        times["yardstick"].append(yardstick.call("time"))
+        floors.append(1 / rate.call("measure"))
+    rate.close()
+    facts = project.call("facts")
+    return make_row(case.name, times["project"], times["yardstick"], [facts["multiply_adds"] * floor for floor in floors],
+                    project.close(), yardstick.close(), facts["firing_rate"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
+    parser.add_argument("--turns", type=int, default=3, help="how often each side is timed")
+    parser.add_argument("--path", default="./data", help="folder of the data sets")
+    parser.add_argument("--only", choices=NETWORKS, nargs="*", default=list(NETWORKS), help="networks to time")
+    args = parser.parse_args()
+    print(f"{describe_machine(args.device)}\n{HEADER}")
+    rows: List[Dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for network in args.only:
+            trained, weights = Worker(Trained, network, args.device, args.path), str(Path(scratch) / "weights")
+            trained.call("weights", WARM_STEPS[network], weights)
+            for case in GPU_CASES if args.device == "cuda" else CASES:
+                if case.network == network:
+                    batch = str(Path(scratch) / "batch")
+                    trained.call("batch", case.batch, batch)
+                    rows.append(measure(case, args.device, batch, weights, args.turns))
+                    print(describe_row(rows[-1]), flush=True)
+            trained.close()
+    print(f"rows written to {save_rows(args.device, rows)}")
+
+
+if __name__ == "__main__":
+    main()

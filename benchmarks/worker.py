@@ -1,0 +1,57 @@
+"""Two contestants in processes of their own, so that each has its own memory and they can take turns."""
+
+import multiprocessing
+import resource
+import sys
+import traceback
+from typing import Any, Callable
+
+
+class Worker:
+    """An object made by `factory(*args)` in a fresh process; `call` runs its methods there and returns what they return."""
+
+    def __init__(self, factory: Callable[..., Any], *args: Any):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, factory, args), daemon=False)
+        self._process.start()
+        other.close()
+        self._answer()
+
+    def call(self, method: str, *args: Any) -> Any:
+        self._pipe.send((method, args))
+        return self._answer()
+
+    def close(self) -> float:
+        """End the process and return its peak resident memory in MB, processes of its own not counted."""
+        peak = self.call("")
+        self._pipe.close()
+        self._process.join()
+        return peak
+
+    def _answer(self) -> Any:
+        try:
+            failed, answer = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("a benchmark's process died; its message is above") from None
+        if failed:
+            raise RuntimeError(answer)
+        return answer
+
+
+def _serve(pipe, factory, args) -> None:
+    try:
+        target = factory(*args)
+        pipe.send((False, None))
+        while True:
+            method, args = pipe.recv()
+            if not method:
+                break
+            pipe.send((False, getattr(target, method)(*args)))
+    except EOFError:
+        return
+    except Exception:
+        pipe.send((True, traceback.format_exc()))
+        return
+    unit = 1 if sys.platform == "darwin" else 1024
+    pipe.send((False, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20))
