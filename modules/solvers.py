@@ -9,9 +9,9 @@ For the linear maps of the implicit gradient, Anderson acceleration with an unli
 """
 
 import math
-from typing import Callable, Dict, List, NamedTuple, Type
+from collections import deque
+from typing import Callable, Dict, NamedTuple, Optional, Type
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,33 +43,25 @@ class Anderson:
     regularisation = 1e-9
 
     def __init__(self):
-        self.mapped, self.residuals = [], []
-        self.gram = np.zeros((self.memory, self.memory))
         self.count = 0
 
     def propose(self, x: Tensor, mapped: Tensor, residual: Tensor) -> Tensor:
-        slot = self.count % self.memory
-        self.count += 1
-        self.mapped[slot:slot + 1], self.residuals[slot:slot + 1] = [mapped], [residual.flatten()]
-        if self.count == 1 or self.memory == 1:
-            self.gram[0, 0] = torch.dot(self.residuals[0], self.residuals[0]).item()
-            return mapped
-        products = torch.stack([torch.dot(earlier, self.residuals[slot]) for earlier in self.residuals]).tolist()
-        used = len(products)
-        self.gram[slot, :used] = self.gram[:used, slot] = products
-        first, *others = zip(self.mapped, self._weights(used))
-        combined = torch.mul(*first)
-        for earlier, weight in others:
-            combined.add_(earlier, alpha=weight)
-        return combined
+        if self.count == 0:
+            self.mapped, self.residuals = (x.new_empty(self.memory, x.numel()) for _ in range(2))
+            self.gram = torch.zeros(self.memory, self.memory, dtype=torch.float64, device=x.device)
+        slot, self.count = self.count % self.memory, self.count + 1
+        used = min(self.count, self.memory)
+        self.mapped[slot], self.residuals[slot] = mapped.flatten(), residual.flatten()
+        self.gram[slot, :used] = self.gram[:used, slot] = (self.residuals[:used] @ self.residuals[slot]).double()
+        weights = self._weights(self.gram[:used, :used]).to(x.dtype)
+        return (weights @ self.mapped[:used]).view_as(x)
 
-    def _weights(self, used: int) -> List[float]:
-        gram = self.gram[:used, :used]
-        scale = np.maximum(gram.diagonal(), np.finfo(float).tiny) ** -0.5
-        scaled = gram * scale * scale[:, None]
-        scaled.flat[::used + 1] += self.regularisation
-        weights = np.linalg.solve(scaled, scale) * scale
-        return (weights / weights.sum()).tolist()
+    def _weights(self, gram: Tensor) -> Tensor:
+        """Everything stays on the device: no value is waited for."""
+        scale = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
+        regularised = gram * scale * scale[:, None] + self.regularisation * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        weights = torch.linalg.solve_ex(regularised, scale)[0] * scale
+        return weights / weights.sum()
 
 
 class Broyden:
@@ -108,25 +100,48 @@ class Broyden:
 METHODS: Dict[str, Type] = {"anderson": Anderson, "broyden": Broyden, "fixed-point": FixedPoint}
 
 
+class _Reading:
+    """A scalar on its way from the device to the host, so that waiting for it does not wait for later work."""
+
+    def __init__(self, scalar: Tensor):
+        self.host, self.arrived = scalar, None
+        if scalar.is_cuda:
+            self.host = torch.empty((), dtype=scalar.dtype, pin_memory=True).copy_(scalar, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def value(self) -> float:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.host.item()
+
+
 @torch.no_grad()
-def solve(map: Callable[[Tensor], Tensor], start: Tensor, method: str = "anderson",
-          tol: float = 1e-3, max_iterations: int = 30) -> Solution:
+def solve(map: Callable[[Tensor], Tensor], start: Tensor, method: str = "anderson", tol: float = 1e-3, max_iterations: int = 30,
+          read_behind: Optional[int] = None) -> Solution:
     """Solve x = map(x) from `start`.
 
     The residual ‖map(x) − x‖ is relative to ‖start‖ (to 1 where that is 0); iteration stops when it is at most `tol`, when it
     is no longer finite, or after `max_iterations` evaluations of the map, and the x of lowest residual is returned with
     that residual. `start` has any shape and floating dtype.
+
+    Each residual is read `read_behind` evaluations late, by default 1 on a GPU, which then has the next evaluation to work on while
+    the host decides, and 0 elsewhere. What is evaluated beyond the solution counts as iterations.
     """
-    proposer = METHODS[method]()
-    scale = torch.linalg.vector_norm(start).item() or 1.0
-    best, x = Solution(start, math.inf, 0, False), start
+    proposer, norm = METHODS[method](), torch.linalg.vector_norm(start)
+    scale = torch.where(norm > 0, norm, torch.ones_like(norm))
+    behind = (1 if start.is_cuda else 0) if read_behind is None else read_behind
+    best, x, unread = Solution(start, math.inf, 0, False), start, deque()
     for iteration in range(1, max_iterations + 1):
         mapped = map(x)
         difference = mapped - x
-        residual = torch.linalg.vector_norm(difference).item() / scale
-        if residual < best.residual:
-            best = Solution(x, residual, iteration, residual <= tol)
-        if best.converged or not math.isfinite(residual) or iteration == max_iterations:
-            break
+        unread.append((x, _Reading(torch.linalg.vector_norm(difference) / scale)))
+        while len(unread) > (behind if iteration < max_iterations else 0):
+            visited, reading = unread.popleft()
+            residual = reading.value()
+            if residual < best.residual:
+                best = Solution(visited, residual, iteration, residual <= tol)
+            if best.converged or not math.isfinite(residual):
+                return best._replace(iterations=iteration)
         x = proposer.propose(x, mapped, difference)
-    return best._replace(iterations=iteration)
+    return best._replace(iterations=max_iterations)
