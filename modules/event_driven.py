@@ -53,18 +53,7 @@ def event_map(map: LinearMap, weight: Tensor, bias: Optional[Tensor], input_shap
     output_shape = map.output_shape(input_shape, weight)
     geometry = _geometry(map, tuple(input_shape), output_shape, tuple(weight.shape[2:]))
     bias = None if bias is None else F.pad(bias.detach(), (0, -output_shape[0] % native.PANEL))
-    return EventMap(geometry, _panels(_rows(map, weight.detach())), bias, output_shape)
-
-
-def _panels(rows: Tensor) -> Tensor:
-    """Weight rows (rows, output channels) as panels (panels, rows, PANEL), with zeros behind the last channel."""
-    whole, rest = divmod(rows.shape[1], native.PANEL)
-    packed = rows.new_empty(whole + (rest > 0), rows.shape[0], native.PANEL)
-    packed[:whole] = rows[:, :whole * native.PANEL].unflatten(1, (whole, native.PANEL)).transpose(0, 1)
-    if rest:
-        packed[whole, :, :rest] = rows[:, whole * native.PANEL:]
-        packed[whole, :, rest:] = 0
-    return packed
+    return EventMap(geometry, native.pack_rows(_rows(map, weight.detach())), bias, output_shape)
 
 
 def kernel_layout(x: Tensor) -> Tensor:

@@ -52,6 +52,11 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.neuron_step.argtypes = [pointer] * 6 + [size, real, real]
     kernels.spike_step.argtypes = [pointer] * 9 + [size, real, real]
     kernels.neuron_step.restype = kernels.spike_step.restype = size
+    kernels.pack_rows.argtypes = [pointer] + [size] * 4 + [pointer]
+    kernels.pack_rows.restype = None
+    kernels.saturate.argtypes = [pointer] * 3 + [size, real]
+    kernels.saturate.restype = None
+    kernels.simulate_layer.argtypes = [pointer] * 5 + [size] * 2 + [double, real, real]
     kernels.more_active_than.argtypes = [pointer, size, double]
     kernels.solve_layer.argtypes = [pointer] * 5 + [size, double, size, double] + [pointer] * 2
     return kernels
@@ -109,6 +114,36 @@ def apply(synapses: "EventMap", source: Tensor) -> Tensor:
     pointers = map(_pointer, (synapses.packed, synapses.bias, source, None, None, None, out, None))
     _check(library().spike_step(synapses.geometry.pointer, *pointers, len(source), 0.0, 0.0))
     return out
+
+
+def pack_rows(matrix: Tensor) -> Tensor:
+    """A matrix (rows, columns) as panels (panels, rows, PANEL), with zeros behind the last column."""
+    rows, columns = matrix.shape
+    packed = matrix.new_empty(-(-columns // PANEL), rows, PANEL)
+    library().pack_rows(matrix.data_ptr(), *matrix.stride(), rows, columns, packed.data_ptr())
+    return packed
+
+
+def saturate(drive: Tensor, threshold: float) -> Tuple[Tensor, Tensor]:
+    """`modules.neuron.equilibrium_rate`'s value and slope, in one pass."""
+    if not (drive.is_contiguous() or drive.is_contiguous(memory_format=torch.channels_last)):
+        drive = drive.contiguous()
+    rate, slope = torch.empty_like(drive), torch.empty_like(drive)
+    library().saturate(drive.data_ptr(), rate.data_ptr(), slope.data_ptr(), drive.numel(), threshold)
+    return rate, slope
+
+
+def simulate_layer(feedback: "EventMap", current: Tensor, mask: Optional[Tensor], time_steps: int, most_active: float,
+                   threshold: float, leak: float) -> Optional[Tensor]:
+    """Σ_t λ^(T−1−t) s(t) of a single layer under a constant current with feedback onto itself, all steps in one call.
+
+    Tensors are (batch, *layer shape), laid out as `kernel_layout` gives them. None where more than the fraction `most_active` of some
+    samples' neurons spiked in one step: dense products are faster there.
+    """
+    total = torch.empty_like(current)
+    pointers = map(_pointer, (feedback.packed, current, mask, total))
+    lively = _check(library().simulate_layer(feedback.geometry.pointer, *pointers, len(current), time_steps, most_active, threshold, leak))
+    return None if lively else total
 
 
 def more_active_than(values: Tensor, fraction: float) -> bool:

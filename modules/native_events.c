@@ -27,6 +27,22 @@ void *thread_scratch(size_t bytes)
     return memory;
 }
 
+/* Pack a matrix (rows, columns) of any strides panel by panel, with zeros behind the last column. */
+void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_stride, ptrdiff_t rows, ptrdiff_t columns, float *packed)
+{
+#pragma omp parallel for
+    for (ptrdiff_t first = 0; first < columns; first += PANEL) {
+        float *panel = packed + first * rows;
+        ptrdiff_t width = columns - first < PANEL ? columns - first : PANEL;
+        for (ptrdiff_t block = 0; block < rows; block += LANES) { /* whole cache lines of a transposed matrix */
+            ptrdiff_t end = block + LANES < rows ? block + LANES : rows;
+            for (ptrdiff_t j = 0; j < PANEL; j++)
+                for (ptrdiff_t i = block; i < end; i++)
+                    panel[i * PANEL + j] = j < width ? matrix[i * row_stride + (first + j) * column_stride] : 0.0f;
+        }
+    }
+}
+
 void list_active(const float *values, ptrdiff_t positions, ptrdiff_t channels, struct active *active)
 {
     int *units = active->units, count = 0;
@@ -156,4 +172,60 @@ ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bi
         }
     }
     return failed ? -1 : fired;
+}
+
+/* A group's samples, a thread's own memory: their lists, products, membrane potentials and spikes. */
+struct group {
+    struct active active[GROUP];
+    float *products[GROUP], *potentials[GROUP], *spikes[GROUP];
+};
+
+static int take_group(struct group *group, const struct map *map, int size, ptrdiff_t n)
+{
+    size_t lists = sizeof(int) * (n + 1 + map->in_positions + 1), each = lists + 3 * sizeof(float) * n;
+    char *scratch = thread_scratch(size * each);
+    for (int s = 0; scratch && s < size; s++, scratch += each) {
+        float *floats = (float *)(scratch + lists);
+        group->active[s] = (struct active){(int *)scratch, (int *)scratch + map->in_positions + 1, NULL};
+        group->products[s] = floats;
+        group->potentials[s] = floats + n;
+        group->spikes[s] = floats + 2 * n;
+        memset(floats + n, 0, 2 * n * sizeof *floats);
+    }
+    return scratch != NULL;
+}
+
+/* All time steps of a single layer under a constant current with feedback onto itself through `map`, a group of samples after the
+ * other, so that its state stays in the cache: total (batch, n) becomes the sum over t of leak^(steps-1-t) s(t). Gives up, returning 1,
+ * where more than `most` of a group's neurons spike in one step, as dense products are faster there. -1: memory is short; else 0. */
+int simulate_layer(const struct map *map, const float *packed, const float *current, const float *mask, float *total, ptrdiff_t batch,
+                   ptrdiff_t steps, double most, float threshold, float leak)
+{
+    ptrdiff_t n = map->out_positions * map->out_channels;
+    int failed = 0, lively = 0;
+    memset(total, 0, batch * n * sizeof *total);
+#pragma omp parallel for schedule(dynamic, 1) reduction(| : failed)
+    for (ptrdiff_t first = 0; first < batch; first += GROUP) {
+        int size = batch - first < GROUP ? batch - first : GROUP;
+        struct group group;
+        if (!take_group(&group, map, size, n)) {
+            failed = 1;
+            continue;
+        }
+        for (ptrdiff_t t = 0; t < steps && !lively; t++) {
+            ptrdiff_t fired = 0;
+            if (t > 0)
+                add_rows(map, packed, NULL, group.active, group.products, size);
+            for (int s = 0; s < size; s++) {
+                ptrdiff_t at = (first + s) * n;
+                fired += neuron_step(current + at, t > 0 ? group.products[s] : NULL, mask ? mask + at : NULL, group.potentials[s],
+                                     group.spikes[s], total + at, n, threshold, leak);
+                list_active(group.spikes[s], map->in_positions, map->in_channels, group.active + s);
+            }
+            if (fired > most * size * n)
+#pragma omp atomic write
+                lively = 1;
+        }
+    }
+    return failed ? -1 : lively;
 }

@@ -45,3 +45,15 @@ ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *
     if (mask) CASE(0, 1, 1);
     CASE(0, 1, 0);
 }
+
+/* The rate that a neuron settles at under a constant current, rate = clamp(drive / threshold, 0, 1), and its slope in the current. */
+void saturate(const float *restrict drive, float *restrict rate, float *restrict slope, ptrdiff_t n, float threshold)
+{
+    const float steep = 1.0f / threshold;
+#pragma omp parallel for simd if (n >= PARALLEL_FROM)
+    for (ptrdiff_t i = 0; i < n; i++) {
+        float scaled = drive[i] / threshold;
+        rate[i] = scaled > 1.0f ? 1.0f : scaled < 0.0f ? 0.0f : scaled;
+        slope[i] = scaled >= 0.0f && scaled <= 1.0f ? steep : 0.0f;
+    }
+}

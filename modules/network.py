@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from modules.connection import Connection, dropout_mask, masked
 from modules.feedback import Feedback
+from modules.graphed import GraphedSimulations
 from modules.implicit import BackwardSolver, attach_gradient
 from modules.jacobian import Link, TransposedJacobian
 from modules.neuron import Neuron, equilibrium_rate, rate_weights
@@ -35,6 +36,7 @@ class FeedbackSNN(nn.Module):
         if jacobian_bn not in ("train", "eval"):
             raise ValueError(f"jacobian_bn is train or eval, not {jacobian_bn!r}")
         self.jacobian_bn = jacobian_bn
+        self._graphed = GraphedSimulations()
         self.input_shape = tuple(input_shape)
         self.layer_shapes = [self.input.output_shape(self.input_shape)]
         for connection in self.hidden:
@@ -103,7 +105,10 @@ class FeedbackSNN(nn.Module):
             source = EventInput(x, frozen, masks.input)
         hidden = [connection.frozen(shape) for connection, shape in zip(self.hidden, self.layer_shapes)]
         feedback = Synapses(self.feedback.map, weight, None, self.layer_shapes[-1])
-        return simulate(Loop(self.neuron, self.layer_shapes, hidden, feedback, masks), source, self.time_steps, observe)
+        loop = Loop(self.neuron, self.layer_shapes, hidden, feedback, masks)
+        if weight.is_cuda and observe is None:
+            return self._graphed(loop, source, self.time_steps)
+        return simulate(loop, source, self.time_steps, observe)
 
     def _mean_input(self, x: Tensor) -> Tensor:
         """x̄: the input itself if static, else its mean over time with the weights of the firing rate."""

@@ -5,6 +5,8 @@ from typing import NamedTuple, Tuple
 import torch
 from torch import Tensor
 
+from modules import native
+
 
 class Neuron(NamedTuple):
     """The constants of a spiking neuron: firing `threshold` V_th > 0 and `leak` λ.
@@ -57,9 +59,12 @@ def neuron_step(current: Tensor, state: NeuronState, neuron: Neuron) -> NeuronSt
 class _Saturate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, drive, threshold):
-        scaled = drive / threshold
-        rate = scaled.clamp(0, 1)
-        slope = torch.eq(rate, scaled, out=torch.empty_like(rate)).div_(threshold)
+        if native.serves(drive):
+            rate, slope = native.saturate(drive, threshold)
+        else:
+            scaled = drive / threshold
+            rate = scaled.clamp(0, 1)
+            slope = torch.eq(rate, scaled, out=torch.empty_like(rate)).div_(threshold)
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(slope)
         return rate, slope

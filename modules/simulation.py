@@ -5,7 +5,7 @@ from typing import Callable, List, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from modules import native
+from modules import native, triton_neuron
 from modules.event_driven import EventMap, event_map, kernel_layout
 from modules.linear_map import LinearMap
 from modules.neuron import Neuron, NeuronState, neuron_step, rate_normaliser, resting_state
@@ -34,7 +34,8 @@ class Synapses:
     """
 
     def __init__(self, map: LinearMap, weight: Tensor, bias: Optional[Tensor], input_shape: Sequence[int]):
-        self.map, self.weight, self.bias, self.input_shape = map, weight, bias, input_shape
+        self.map, self.bias, self.input_shape = map, bias, input_shape
+        self.weight = kernel_layout(weight) if weight.is_cuda else weight
         self.native = native.serves(weight)
         self._events: Optional[EventMap] = None
 
@@ -58,8 +59,9 @@ class SpikingLayer:
     """
 
     def __init__(self, shape: Sequence[int], like: Tensor, neuron: Neuron, with_rate: bool = False):
-        self.neuron, self.native, self.steps, self.fired = neuron, native.serves(like), 0, 0.0
-        layout = torch.channels_last if self.native and len(shape) == 4 else torch.contiguous_format
+        self.neuron, self.steps, self.fired = neuron, 0, 0.0
+        self.native, self.triton = native.serves(like), triton_neuron.serves(like)
+        layout = torch.channels_last if (self.native or self.triton) and len(shape) == 4 else torch.contiguous_format
         self.potential, self.spikes = resting_state(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout))
         self.total = torch.zeros_like(self.spikes) if with_rate else None
 
@@ -70,9 +72,14 @@ class SpikingLayer:
         if self.native:
             self.fired = self._native_step(current, synapses, source, mask) / self.potential.numel()
             return
-        if synapses is not None:
-            synaptic = synapses(source.spikes)
-            synaptic = synaptic if mask is None else synaptic * mask
+        synaptic = None if synapses is None else synapses(source.spikes)
+        if self.triton:
+            synaptic = None if synaptic is None else kernel_layout(synaptic)
+            triton_neuron.neuron_step(current, synaptic, mask, self.potential, self.spikes, self.total, *self.neuron)
+            return
+        if synaptic is not None:
+            # The membrane is float32 also where the products are not.
+            synaptic = synaptic.to(self.potential.dtype) if mask is None else synaptic.to(self.potential.dtype) * mask
             current = synaptic if current is None else current + synaptic
         self.potential, self.spikes = neuron_step(current, NeuronState(self.potential, self.spikes), self.neuron)
         if self.total is not None:
@@ -116,7 +123,8 @@ class EventInput:
     def at(self, t: int) -> Tensor:
         events = self.synapses.event_driven(self.rate) if self.synapses.native else None
         current = self.synapses(self.x[t]) if events is None else native.apply(events, kernel_layout(self.x[t]))
-        return kernel_layout(current if self.mask is None else current.mul_(self.mask))
+        current = kernel_layout(current.to(self.x.dtype))
+        return current if self.mask is None else current.mul_(self.mask)
 
     def part(self, samples: slice) -> "EventInput":
         return EventInput(self.x[:, samples], self.synapses, None if self.mask is None else self.mask[samples], self.rate)
@@ -148,6 +156,10 @@ def simulate(loop: Loop, input: "StaticInput | EventInput", time_steps: int, obs
 
     `observe(t, spikes)` sees every layer's spikes at every step, all samples at once.
     """
+    if observe is None and len(loop.shapes) == 1 and isinstance(input, StaticInput):
+        rate = _simulate_layer(loop, input, time_steps)
+        if rate is not None:
+            return rate
     chunk = len(input)
     if loop.feedback.native and observe is None:
         state_bytes = 4 * 4 * sum(torch.Size(shape).numel() for shape in loop.shapes)
@@ -155,6 +167,16 @@ def simulate(loop: Loop, input: "StaticInput | EventInput", time_steps: int, obs
     parts = [slice(first, min(first + chunk, len(input))) for first in range(0, len(input), chunk)]
     rates = [_simulate_chunk(loop.part(part), input.part(part), time_steps, observe) for part in parts]
     return rates[0] if len(rates) == 1 else torch.cat(rates)
+
+
+def _simulate_layer(loop: Loop, input: StaticInput, time_steps: int) -> Optional[Tensor]:
+    """The same for one layer and a static input, all steps in one call of a C kernel; None where it can't serve or would be slower."""
+    events = loop.feedback.event_driven(0.0)
+    if events is None:
+        return None
+    mask = None if loop.masks.feedback is None else kernel_layout(loop.masks.feedback)
+    total = native.simulate_layer(events, input.current, mask, time_steps, EVENT_DRIVEN_BELOW, *loop.neuron)
+    return None if total is None else total / rate_normaliser(time_steps, loop.neuron.leak)
 
 
 def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: int, observe: Optional[Observer]) -> Tensor:

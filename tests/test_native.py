@@ -15,7 +15,7 @@ from modules.event_driven import event_map, kernel_layout
 from modules.implicit import BackwardSolver
 from modules.jacobian import Link, TransposedJacobian
 from modules.linear_map import LinearMap
-from modules.neuron import make_neuron
+from modules.neuron import equilibrium_rate, make_neuron
 from modules.simulation import SpikingLayer
 from tests import naive
 from tests.networks import KINDS, explicit_masks, small_network
@@ -119,14 +119,30 @@ def test_spikes_and_gradients_equal_the_plain_ones(kind, leak, threshold, thread
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_do_not_change_the_result(kind, monkeypatch):
-    network, x = small_network(kind, dropout=0.0)
-    network, x = network.float().eval(), torch.cat([x.float()] * 3, dim=1 if network.events else 0)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("event_driven_below", [1.1, 0.4, 0.1])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_chunks_and_whole_simulations_do_not_change_the_result(kind, training, event_driven_below, threads, monkeypatch):
+    """Unobserved, a simulation runs in chunks of samples, or all its steps in one kernel; observed, step by step over the batch."""
+    torch.set_num_threads(threads)
+    monkeypatch.setattr("modules.simulation.EVENT_DRIVEN_BELOW", event_driven_below)
+    network, x = small_network(kind, dropout=0.3)
+    network, x = network.float().train(training), torch.cat([x.float()] * 4, dim=1 if network.events else 0)
+    masks = [torch.rand(20, *shape).ge(0.3) / 0.7 for shape in (*network.layer_shapes, network.layer_shapes[0])]
+    explicit_masks(network, masks if training else [None] * len(masks))
     with torch.no_grad():
-        whole = network(x, observe=lambda t, spikes: None)
-        monkeypatch.setattr("modules.simulation.LEAST_CHUNK", 4)
+        whole = copy.deepcopy(network)(x, observe=lambda t, layers: None)
+        monkeypatch.setattr("modules.simulation.LEAST_CHUNK", 7)
         monkeypatch.setattr("modules.simulation.CHUNK_BYTES", 1)
-        torch.testing.assert_close(network(x), whole, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(network(x), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_saturation_equals_pytorch(monkeypatch):
+    drive = torch.cat([torch.randn(50, 40) * 3, torch.tensor([[0.0, 2.0, -0.0] * 13 + [2.5]])]).t()
+    fast = equilibrium_rate(drive, make_neuron(2.0, 1))
+    monkeypatch.setattr(native, "serves", lambda tensor: False)
+    for one, other in zip(fast, equilibrium_rate(drive, make_neuron(2.0, 1))):
+        assert torch.equal(one, other)
 
 
 FEEDBACKS = [(nn.Linear(9, 9, bias=False), (9,), 4), (nn.Linear(45, 45, bias=False), (45,), 33), (nn.Linear(400, 400, bias=False), (400,), 40),
