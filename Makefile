@@ -3,35 +3,51 @@ PYTHON ?= python3
 EPOCHS ?= 12
 MILESTONES ?= 8 11
 FOLDER ?= checkpoints/fmnist_f400_demo
+# The folders of the data sets that make data may be unable to fetch, for test-experiments.
+CIFAR100 ?= ./data
+NMNIST ?= ./data/NMNIST
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data run run-full test bench clean
+.PHONY: help setup data fashion-mnist run run-full test test-experiments bench bench-gpu bench-bptt clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: .venv/ready  ## make the virtual environment .venv with all dependencies
 
 .venv/ready: requirements.txt requirements-dev.txt setup.sh
 	@PYTHON="$(PYTHON)" ./setup.sh
 
-data: .venv/ready  ## fetch the data sets that can be fetched into data/
+data: .venv/ready  ## fetch every data set that can be fetched into data/, and say where to get the others
 	@$(PY) -m utils.fetch_data
 
-run: data  ## train F400 on Fashion-MNIST for a few minutes, evaluate it, print its firing rates
+fashion-mnist: .venv/ready  ## fetch Fashion-MNIST alone
+	@$(PY) -m utils.fetch_data --only fashion-mnist
+
+run: fashion-mnist  ## train F400 on Fashion-MNIST for a few minutes, evaluate it, print its firing rates
 	@$(PY) fmnist_mlp.py --epochs $(EPOCHS) --schedule $(MILESTONES) -c $(FOLDER)
-	@$(PY) fmnist_mlp.py --resume $(FOLDER)/model_best.pth.tar --evaluate --firing-rate
+	@$(PY) fmnist_mlp.py --resume $(FOLDER)/model_best.pth.tar --evaluate --firing-rate -c $(FOLDER)
 	@echo "Plots of the training: $(FOLDER)/log.png and $(FOLDER)/log.pdf. All 100 epochs: make run-full"
 
-run-full: data  ## the paper's recipe: F400 on Fashion-MNIST, 100 epochs
+run-full: fashion-mnist  ## the paper's recipe: F400 on Fashion-MNIST, 100 epochs
 	@$(PY) fmnist_mlp.py -c checkpoints/fmnist_f400 --firing-rate
 
-test: data  ## run all tests
+test: fashion-mnist  ## run all tests
 	@$(PY) -m pytest -q tests
 
-bench: data  ## time an epoch of F400 against a plain implementation and against the machine's limit
+test-experiments: data  ## train every experiment on its real data with small limits, within 30 minutes
+	@CIFAR100="$(CIFAR100)" NMNIST="$(NMNIST)" $(PY) -m pytest -v -rP tests/experiments
+
+bench: data  ## time the project against a plain implementation and the machine's limit, on the CPU
 	@$(PY) -m benchmarks.epoch
+	@$(PY) -m benchmarks.steps
+
+bench-gpu: data  ## the same on a GPU
+	@$(PY) -m benchmarks.steps --device cuda --turns 10
+
+bench-bptt: data  ## F64C5 here against BPTT in SpikingJelly and snnTorch (pip install -r requirements-bench.txt)
+	@$(PY) -m benchmarks.bptt
 
 clean:  ## remove the virtual environment and caches, but no data and no checkpoints
 	rm -rf .venv .pytest_cache .hypothesis

@@ -7,7 +7,8 @@
 
 from modules.zoo import f400
 from utils.datasets import load_fashion_mnist
-from utils.experiment import Recipe, main
+from utils.experiment import main
+from utils.recipe import Recipe
 
 
 def data(args):
@@ -18,6 +19,7 @@ RECIPE = Recipe(
     description="F400 on Fashion-MNIST",
     network=f400,
     data=data,
+    datasets={"fashionmnist": 10},
     defaults=dict(time_step=5, leaky=0.95, epochs=100, schedule=[30, 60, 90], lr=0.05, dropout=0.2),
 )
 

@@ -55,7 +55,8 @@ class Connection(nn.Module):
         return self.map.output_shape(input_shape, self.linear.weight)
 
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        return masked(self.norm(self.linear(x)), mask)
+        # Under bf16_products the linear map alone is bfloat16.
+        return masked(self.norm(self.linear(x).to(x.dtype)), mask)
 
     def linearised(self, x: Tensor, training: bool) -> Tuple[Tensor, Link]:
         """The output at `x` before any mask, and the link of Jᵀ there, with ones for its gain.
@@ -65,8 +66,8 @@ class Connection(nn.Module):
         shape = x.shape[1:]
         if not training:
             fixed = self.frozen(shape)
-            return fixed(x), Link(self.map, fixed.weight, shape)
-        y, derivative = BatchNormDerivative.at(self.linear(x), self.norm)
+            return fixed(x).to(x.dtype), Link(self.map, fixed.weight, shape)
+        y, derivative = BatchNormDerivative.at(self.linear(x).to(x.dtype), self.norm)
         return y, Link(self.map, self.linear.weight, shape, norm=derivative)
 
     def frozen(self, input_shape: Sequence[int], statistics_of: Optional[Tensor] = None) -> Synapses:
@@ -77,7 +78,7 @@ class Connection(nn.Module):
         """
         mean, variance = self.norm.running_mean, self.norm.running_var
         if statistics_of is not None:
-            y = self.linear(statistics_of)
+            y = self.linear(statistics_of).to(statistics_of.dtype)
             variance, mean = torch.var_mean(y, dim=[0, *range(2, y.dim())], correction=0)
         # Folded in float64 and rounded once: a spike hangs on the last digits of a membrane potential.
         scale = self.norm.weight.double() * torch.rsqrt(variance.double() + self.norm.eps)

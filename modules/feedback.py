@@ -77,4 +77,4 @@ class Feedback(nn.Module):
 
     def forward(self, spikes: Tensor, weight: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """mask · B s for spikes or rates (batch, …) of the last layer, with `weight` from `normalised_weight`."""
-        return masked(self.map(spikes, weight), mask)
+        return masked(self.map(spikes, weight).to(spikes.dtype), mask)

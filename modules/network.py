@@ -23,19 +23,20 @@ class FeedbackSNN(nn.Module):
     A static input is (batch, *input_shape), the same current at each of the T steps; an event input (`events=True`) is
     time first, (T, batch, *input_shape). The readout sees the flattened firing rate of layer L. When gradients are enabled,
     that rate carries the implicit gradient of its equilibrium, solved by `solver`; `jacobian_bn` says whether the batch norms of
-    hidden connections stand in J as they do in f ("train") or on their running statistics ("eval").
+    hidden connections stand in J as they do in f ("train") or on their running statistics ("eval"). `bf16_products` rounds the
+    factors of convolutions and matrix products to bfloat16; membrane potentials, rates, batch norms and the solve stay in float32.
     """
 
     def __init__(self, input_shape: Sequence[int], input: Connection, hidden: Sequence[Connection], feedback: Feedback,
                  classes: int, neuron: Neuron, time_steps: int, dropout: float = 0.0, events: bool = False,
-                 solver: Optional[BackwardSolver] = None, jacobian_bn: str = "train"):
+                 solver: Optional[BackwardSolver] = None, jacobian_bn: str = "train", bf16_products: bool = False):
         super().__init__()
         self.input, self.hidden, self.feedback = input, nn.ModuleList(hidden), feedback
         self.neuron, self.time_steps, self.dropout, self.events = neuron, time_steps, dropout, events
         self.solver = solver or BackwardSolver()
         if jacobian_bn not in ("train", "eval"):
             raise ValueError(f"jacobian_bn is train or eval, not {jacobian_bn!r}")
-        self.jacobian_bn = jacobian_bn
+        self.jacobian_bn, self.bf16_products = jacobian_bn, bf16_products
         self._graphed = GraphedSimulations()
         self.input_shape = tuple(input_shape)
         self.layer_shapes = [self.input.output_shape(self.input_shape)]
@@ -51,14 +52,17 @@ class FeedbackSNN(nn.Module):
     def forward(self, x: Tensor, observe: Optional[Observer] = None) -> Tensor:
         """Logits (batch, classes). `observe` is passed on to the simulation."""
         self._check_input(x)
-        weight = self.feedback.normalised_weight()
+        weight, mean_input = self.feedback.normalised_weight(), self._mean_input(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16_products):
+            return self._logits(x, mean_input, weight, observe)
+
+    def _logits(self, x: Tensor, mean_input: Tensor, weight: Tensor, observe: Optional[Observer]) -> Tensor:
         masks = self._draw_masks(x)
-        mean_input = self._mean_input(x)
         current = self.input(mean_input, masks.input)
         rate = self._simulate(x, mean_input, current.detach(), weight.detach(), masks, observe)
         if torch.is_grad_enabled():
             rate = self._with_gradient(rate, current, weight, masks)
-        return self.readout(rate.flatten(1))
+        return self.readout(rate.flatten(1)).to(rate.dtype)
 
     def equilibrium_map(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> Tensor:
         """f: one lap round the loop, from the last layer's rate to itself (method section 5).

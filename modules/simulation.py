@@ -90,7 +90,7 @@ class SpikingLayer:
         events = synapses.event_driven(source.fired) if synapses is not None else None
         if events is not None:
             return native.spike_step(events, source.spikes, current, mask, *state)
-        synaptic = None if synapses is None else kernel_layout(synapses(source.spikes))
+        synaptic = None if synapses is None else kernel_layout(synapses(source.spikes).to(source.spikes.dtype))
         return native.neuron_step(current, synaptic, mask, *state)
 
     def rate(self) -> Tensor:

@@ -4,14 +4,25 @@ import gzip
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import cifar_alexnetf
+import cifar_cifarnetf
+import fmnist_mlp
+import get_rate_cifar_alexnetf
+import mnist_conv
+import nmnist_conv
+from modules.neuron import make_neuron
+from modules.zoo import f400
+from tests.published_layout import published_file
 from tests.small_data import RAW, command, write_idx, write_small_data
-from utils import datasets
+from utils import idx_datasets
 from utils.sources import Source
 
 
@@ -33,8 +44,8 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def assert_refused(named, *arguments):
-    status, out, err = command(*arguments)
+def assert_refused(named, *arguments, script=fmnist_mlp):
+    status, out, err = command(*arguments, script=script)
     assert status == 2
     message = err.strip().splitlines()[-1]
     assert named in message and "error: " in message and "Traceback" not in err
@@ -46,9 +57,12 @@ def assert_refused(named, *arguments):
     (["--lr", "0"], "--lr"), (["--vth", "0"], "--vth"), (["--leaky", "inf"], "--leaky"), (["--drop", "1"], "--drop"),
     (["--train-batch", "0"], "--train-batch"), (["--test-batch", "x"], "--test-batch"), (["--epochs", "0"], "--epochs"),
     (["--schedule", "-3"], "--schedule"), (["--gamma", "0"], "--gamma"), (["--momentum", "1"], "--momentum"),
-    (["--wd", "-1"], "--wd"), (["--tol", "0"], "--tol"), (["--threshold", "0"], "--threshold"), (["--solver", "newton"], "--solver"),
+    (["--wd", "-1"], "--wd"), (["--tol", "0"], "--tol"), (["--threshold", "0"], "--threshold"),
+    (["--solver", "newton"], "--solver"),
     (["--optimizer", "LBFGS"], "--optimizer"), (["--manualSeed", "-1"], "--manualSeed"), (["--gpu-id", "x"], "--gpu-id"),
     (["--device", "tpu"], "--device"), (["--evaluate"], "--evaluate"), (["--nonsense"], "--nonsense"),
+    (["--train-limit", "0"], "--train-limit"), (["--test-limit", "-5"], "--test-limit"), (["-d", "cifar10"], "--dataset"),
+    (["--nmnist-binning", "time"], "--nmnist-binning"),
 ])
 def test_flag(arguments, named, trained, data):
     before = contents(trained)
@@ -69,7 +83,8 @@ def test_gpu_that_is_not_there(trained, data):
 @pytest.mark.parametrize("part,harm,reason", [
     ("images-idx3", lambda old: old[:-1], "promises"), ("images-idx3", lambda old: old + b"x", "promises"),
     ("images-idx3", lambda old: b"", "not an IDX file"), ("images-idx3", lambda old: b"\x01" + old[1:], "not an IDX file"),
-    ("images-idx3", lambda old: old[:4] + b"\xff" * 12 + old[16:], "promises"), ("labels-idx1", lambda old: old[:8] + b"\x0a" + old[9:], "label 10"),
+    ("images-idx3", lambda old: old[:4] + b"\xff" * 12 + old[16:], "promises"),
+    ("labels-idx1", lambda old: old[:8] + b"\x0a" + old[9:], "label 10"),
 ])
 def test_damaged_data_file(split, part, harm, reason, trained, data):
     path = data / RAW / f"{split}-{part}-ubyte"
@@ -100,7 +115,8 @@ def test_missing_data_that_cannot_be_fetched(trained, data, tmp_path, monkeypatc
         (folder / "half-a-file").write_bytes(b"x")
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(datasets, "FASHION_MNIST_SOURCES", (Source("first mirror", refuse), Source("second mirror", refuse)))
+    sources = (Source("first mirror", refuse), Source("second mirror", refuse))
+    monkeypatch.setattr(idx_datasets, "FASHION_MNIST", idx_datasets.FASHION_MNIST._replace(sources=sources))
     before = contents(trained)
     assert_refused("first mirror: no route; second mirror: no route", "--path", tmp_path / "nowhere", "-c", trained)
     assert contents(tmp_path / "nowhere") == {}
@@ -116,11 +132,9 @@ def test_data_folder_that_cannot_be_made(tmp_path):
 
 
 def other_network(path):
-    from modules.zoo import f400
-    from modules.neuron import make_neuron
     network = f400(50, neuron=make_neuron(2, 1), time_steps=2)
-    torch.save({"epoch": 1, "state_dict": network.state_dict(), "acc": 1.0, "best_acc": 1.0, "optimizer": {}, "random_state": None,
-                "arguments": {}}, path)
+    torch.save({"epoch": 1, "state_dict": network.state_dict(), "acc": 1.0, "best_acc": 1.0, "optimizer": {},
+                "random_state": None, "arguments": {}}, path)
 
 
 class Malicious:
@@ -129,10 +143,13 @@ class Malicious:
 
 
 @pytest.mark.parametrize("make,reason", [
-    (lambda path: None, "no such file"), (lambda path: path.mkdir(), "no such file"), (lambda path: path.write_bytes(b""), "not a readable"),
+    (lambda path: None, "no such file"), (lambda path: path.mkdir(), "no such file"),
+    (lambda path: path.write_bytes(b""), "not a readable"),
     (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "not a readable"),
-    (lambda path: path.write_bytes(pickle.dumps(Malicious())), "not a readable"), (lambda path: torch.save(Malicious(), path), "not a readable"),
-    (lambda path: torch.save({"weight": torch.zeros(3)}, path), "holds no checkpoint"), (lambda path: torch.save([1, 2], path), "holds no checkpoint"),
+    (lambda path: path.write_bytes(pickle.dumps(Malicious())), "not a readable"),
+    (lambda path: torch.save(Malicious(), path), "not a readable"),
+    (lambda path: torch.save({"weight": torch.zeros(3)}, path), "holds no checkpoint"),
+    (lambda path: torch.save([1, 2], path), "holds no checkpoint"),
     (lambda path: torch.save({"state_dict": 3, "epoch": 1, "acc": 1, "best_acc": 1}, path), "holds no checkpoint"),
     (other_network, "another network"),
 ])
@@ -166,9 +183,47 @@ def test_nothing_left_to_train(trained, data):
     assert contents(trained) == before
 
 
-def test_folder_that_cannot_be_written(data, tmp_path):
+def test_folder_that_cannot_be_written(trained, data, tmp_path):
     (tmp_path / "file").write_text("")
     assert_refused("-c ", "--path", data, "-c", tmp_path / "file" / "run")
+    rates = ["--resume", trained / "checkpoint.pth.tar", "--evaluate", "--firing-rate"]
+    assert_refused("-c ", "--path", data, "-c", tmp_path / "file" / "run", *rates)
+
+
+@pytest.mark.parametrize("more", [
+    ["--resume", "none"], ["-c", "file/run"], ["--epochs", "1", "--resume", "run/checkpoint.pth.tar"],
+    ["--optimizer", "Adam", "--epochs", "2", "--resume", "run/checkpoint.pth.tar"],
+])
+def test_refused_before_the_data_is_loaded(more, trained, tmp_path, monkeypatch):
+    def load(args):
+        raise AssertionError("the data was loaded")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    status, _, _ = command(*more, script=SimpleNamespace(RECIPE=replace(fmnist_mlp.RECIPE, data=load)))
+    assert status == 2 and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("script,arguments,named", [
+    (cifar_alexnetf, ["--dataset", "mnist"], "--dataset"), (mnist_conv, ["--dataset", "cifar10"], "--dataset"),
+    (cifar_cifarnetf, ["--warmup", "-1"], "--warmup"), (nmnist_conv, ["--nmnist-binning", "saccade"], "--nmnist-binning"),
+    (mnist_conv, ["--resume", "run/checkpoint.pth.tar"], "another network"), (get_rate_cifar_alexnetf, [], "--resume"),
+    (nmnist_conv, ["--path", "nowhere"], "nowhere"), (cifar_alexnetf, ["--path", "file"], "file"),
+])
+def test_other_scripts(script, arguments, named, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    before = contents(trained)
+    assert_refused(named, "-c", trained, *arguments, script=script)
+    assert contents(trained) == before
+
+
+def test_classes_of_another_data_set(tmp_path):
+    network = cifar_alexnetf.RECIPE.network(classes=100, neuron=make_neuron(2, 1), time_steps=2)
+    published_file(network, {name: {} for name, _ in network.named_parameters()}, tmp_path / "cifar100.pth.tar")
+    for more in ([], ["--evaluate"]):
+        assert_refused("another network", "--resume", tmp_path / "cifar100.pth.tar", *more, script=cifar_alexnetf)
 
 
 def test_the_script_itself(data, tmp_path):

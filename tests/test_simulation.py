@@ -119,3 +119,19 @@ def test_input_of_a_wrong_shape_is_refused():
     network, x = small_network("events")
     with pytest.raises(ValueError, match=r"\(T=6, batch, 2, 8, 8\)"):
         network(x[:-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_products_leave_everything_else_in_float32(kind):
+    network, x = small_network(kind, dropout=0.3)
+    network, x = network.float(), x.float()
+    masks = [torch.rand(5, *shape).ge(0.3) / 0.7 for shape in (*network.layer_shapes, network.layer_shapes[0])]
+    explicit_masks(network, masks)
+    rounded = copy.deepcopy(network)
+    rounded.bf16_products = True
+    seen = []
+    logits, exact = rounded(x, observe=lambda t, spikes: seen.extend(spikes)), network(x)
+    logits.square().sum().backward()
+    assert logits.dtype == torch.float32 and {spikes.dtype for spikes in seen} == {torch.float32}
+    assert all(parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() for parameter in rounded.parameters())
+    assert 0 < (logits - exact).abs().max() < 1, "rounded, and by little"

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from modules.neuron import make_neuron
-from modules.zoo import f400
+from modules.zoo import alexnet_f, f400
 from utils.firing_rate import FiringRates
 from utils.metrics import Metrics
 
@@ -28,6 +28,35 @@ def test_rates_that_can_be_counted_on_paper(leak):
             network(x, observe=rates)
     expected = (4 + (2 if leak == 1.0 else 0) + 0) / (3 * 4)
     assert rates.per_layer == [pytest.approx(expected)] and rates.total == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("leak,spikes", [(1.0, [7, 7, 2, 2, 2]), (0.5, [4, 4, 0, 0, 0])])
+def test_five_layers_whose_spikes_can_be_counted_on_paper(leak, spikes):
+    """Layers of 4, 4, 1, 1 and 1 neurons, V_th = 2, 4 steps; the feedback adds 1 to the last neuron of layer 1.
+
+    Currents of layer 1 are 2, 1, 0 and 1/4. IF: the first neuron spikes at each step, the second at steps 1 and 3 (from 0);
+    layer 2 copies layer 1; layer 3 gets 1 from the first neuron, so it spikes at 1 and 3; layers 4 and 5 copy it; fed back at
+    step 2, the last neuron of layer 1 reaches 2 at step 3: 4 + 2 + 0 + 1 spikes. λ = 0.5: a current of 1 never reaches 2, so only
+    the first neuron and its copy fire.
+    """
+    network = alexnet_f((1, 1, 1, 1, 1), size=4, classes=2, neuron=make_neuron(2.0, leak), time_steps=4).eval()
+    with torch.no_grad():
+        for connection, gain in zip((network.input, *network.hidden), (1, 2, 1, 2, 2)):
+            connection.linear.weight.zero_()
+            connection.linear.weight[0, :, 1, 1] = gain
+            connection.norm.eps = 0.0
+        network.input.linear.weight[0, 1:] = 0  # Only the first colour counts.
+        network.feedback.w.zero_()[0, 0, 2, 2] = 1
+        network.feedback.g.fill_(1)
+        network.feedback.u.fill_(1)
+    x = torch.zeros(2, 3, 4, 4)
+    x[:, 0, ::2, ::2] = torch.tensor([[2.0, 1.0], [0.0, 0.25]])
+    rates = FiringRates(network.neuron_counts)
+    with torch.inference_mode():
+        network(x, observe=rates)
+    assert network.neuron_counts == [4, 4, 1, 1, 1]
+    assert rates.per_layer == [count / (4 * neurons) for count, neurons in zip(spikes, network.neuron_counts)]
+    assert rates.total == sum(spikes) / (4 * 11)
 
 
 def test_several_layers_are_each_divided_once():

@@ -1,10 +1,13 @@
 """The yardstick does the project's work: the same logits and gradients, so that timing one against the other means something."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.epoch import multiply_adds
+from benchmarks import multiply_adds, results
+from benchmarks.worker import Worker
 from benchmarks.yardstick import copy_weights, yardstick_alexnet_f, yardstick_f64c5, yardstick_f400
 from modules.implicit import BackwardSolver
 from modules.neuron import make_neuron
@@ -36,6 +39,32 @@ def test_same_logits_and_gradients(build, yardstick, shape):
 
 
 def test_multiply_adds_by_hand():
+    network = f400(neuron=make_neuron(2, 0.95), time_steps=5)
     simulation = 784 * 400 + 4 * 400 * 400 + 4000
-    training = simulation + 400 * 400 + 5 * 400 * 400 + 784 * 400 + 400 * 400 + 8000
-    assert multiply_adds(5.0) == 60_000 * training + 10_000 * simulation
+    assert multiply_adds.evaluation(network) == simulation
+    assert multiply_adds.training_step(network, 5.0) == simulation + 400 * 400 + 5 * 400 * 400 + 784 * 400 + 400 * 400 + 8000
+    network = alexnet_f(WIDTHS, neuron=make_neuron(2, 0.99), time_steps=7)
+    hidden = 9 * (256 * 3 * 4 + 64 * 4 * 5 + 64 * 5 * 5 + 64 * 5 * 4)
+    lap, inputs, readout = hidden + 9 * 64 * 4 * 3, 9 * 256 * 3 * 3, 4 * 64 * 10
+    simulation = inputs + 6 * 9 * 64 * 4 * 3 + 7 * hidden + readout
+    assert multiply_adds.evaluation(network) == simulation
+    assert multiply_adds.training_step(network, 3.0) == simulation + 2 * lap + 3 * lap + inputs + lap + hidden + 2 * readout
+
+
+def test_workers_take_turns_and_tell_their_memory():
+    worker = Worker(list, [3, 1, 2])
+    worker.call("sort")
+    assert worker.call("pop") == 3 and worker.call("pop") == 2
+    assert 1 < worker.close() < 10_000
+    with pytest.raises(RuntimeError, match="pop from empty list"):
+        Worker(list, []).call("pop")
+
+
+def test_a_row_of_results_is_replaced_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    for seconds in (1.0, 2.0):
+        row = results.make_row("a", [seconds, 9.0, seconds], [4.0, 9.0, 6.0], [0.5, 1.0, 0.25], 100.0, 200.0, 0.1)
+        path = results.save_rows("cpu", [row, {**row, "name": "b"}])
+    rows = json.loads(path.read_text())
+    assert [entry["name"] for entry in rows] == ["a", "b"] and "machine" in rows[0] and "date" in rows[0]
+    assert (rows[0]["project_s"], rows[0]["yardstick_s"], rows[0]["speedup"], rows[0]["over_floor"]) == (2.0, 6.0, 2.0, 8.0)

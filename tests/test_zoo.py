@@ -1,5 +1,7 @@
 """The paper's networks have the paper's sizes, take their inputs, and learn."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,9 +11,26 @@ from modules.zoo import alexnet_f, cifarnet_f, f64c5_mnist, f64c5_nmnist, f400
 SETTINGS = dict(neuron=make_neuron(2.0, 0.95), time_steps=3)
 
 
+def trainable(network):
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
 @pytest.mark.parametrize("build,parameters", [(f400, 478_811), (f64c5_mnist, 229_643), (alexnet_f, 3_709_515)])
 def test_trainable_parameters(build, parameters):
-    assert sum(p.numel() for p in build(**SETTINGS).parameters() if p.requires_grad) == parameters
+    """The paper's numbers."""
+    assert trainable(build(**SETTINGS)) == parameters
+
+
+@pytest.mark.parametrize("build,classes,connections,feedback,features", [
+    (f64c5_nmnist, 10, [(2, 64, 5)], 64 * 64 * 25, 64 * 256),
+    (alexnet_f, 100, [(3, 96, 3), (96, 256, 3), (256, 384, 3), (384, 384, 3), (384, 256, 3)], 256 * 96 * 9, 256 * 64),
+    (cifarnet_f, 10, [(3, 128, 3), (128, 256, 3), (256, 512, 3), (512, 1024, 3), (1024, 512, 3)], 512 * 128 * 9, 512 * 64),
+    (cifarnet_f, 100, [(3, 128, 3), (128, 256, 3), (256, 512, 3), (512, 1024, 3), (1024, 512, 3)], 512 * 128 * 9, 512 * 64),
+])
+def test_trainable_parameters_by_hand(build, classes, connections, feedback, features):
+    """Weights, bias and batch norm of each connection; the feedback's weights and g; the readout."""
+    forward = sum(before * after * kernel**2 + 3 * after for before, after, kernel in connections)
+    assert trainable(build(classes=classes, **SETTINGS)) == forward + feedback + 1 + classes * (features + 1)
 
 
 @pytest.mark.parametrize("build,layers", [
@@ -23,9 +42,14 @@ def test_neurons(build, layers):
     assert build(**SETTINGS).neuron_counts == layers
 
 
-@pytest.mark.parametrize("build,thousands", [(f64c5_mnist, 13), (alexnet_f, 156), (cifarnet_f, 229)])
-def test_neurons_in_all(build, thousands):
-    assert round(sum(build(**SETTINGS).neuron_counts) / 1000) == pytest.approx(thousands, abs=4)
+@pytest.mark.parametrize("build,spiking,with_inputs,thousands", [
+    (f64c5_mnist, 12_544, 13_328, 13), (alexnet_f, 155_648, 158_720, 159), (cifarnet_f, 229_376, 232_448, 232),
+])
+def test_neurons_in_all(build, spiking, with_inputs, thousands):
+    """The paper's thousands count the input's units (28 · 28, 3 · 32 · 32) among the neurons."""
+    network = build(**SETTINGS)
+    assert sum(network.neuron_counts) == spiking
+    assert spiking + math.prod(network.input_shape) == with_inputs and round(with_inputs / 1000) == thousands
 
 
 @pytest.mark.parametrize("build,shape", [

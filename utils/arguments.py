@@ -2,36 +2,51 @@
 
 import argparse
 import math
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Callable, Optional, Sequence
 
 from modules.solvers import METHODS
+from utils.recipe import Recipe
 
 
-def parse_arguments(description: str, defaults: Mapping[str, Any], argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Parse `argv` (default: the command line). `defaults` overrides the shared defaults by attribute name.
+def parse_arguments(recipe: Recipe, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse `argv` (default: the command line). The recipe's defaults override the shared ones by attribute name.
 
     A bad value ends the program with exit status 2 and a sentence that names the flag.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    _add_data_flags(parser)
+    parser = argparse.ArgumentParser(description=recipe.summary, formatter_class=_Help)
+    _add_data_flags(parser, recipe)
     _add_network_flags(parser)
     _add_gradient_flags(parser)
     _add_optimisation_flags(parser)
     _add_run_flags(parser)
-    unknown = [name for name in defaults if not hasattr(parser.parse_args([]), name)]
+    if recipe.flags:
+        recipe.flags(parser)
+    unknown = [name for name in recipe.defaults if not hasattr(parser.parse_args([]), name)]
     assert not unknown, f"a recipe's defaults must be flags, unlike {unknown}"
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**recipe.defaults)
     args = parser.parse_args(argv)
     if args.evaluate and not args.resume:
-        parser.error("argument --evaluate: name the checkpoint to evaluate with --resume FILE")
+        parser.error("argument --resume is missing: it names the checkpoint to --evaluate")
     return args
 
 
-def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each default to the help, unless its text tells it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        return action.help if "(default: " in (action.help or "") else super()._get_help_string(action)
+
+
+def _add_data_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     group = parser.add_argument_group("data")
+    # Users of the published code write cifar10, the paper CIFAR-10; both are meant.
+    group.add_argument("-d", "--dataset", type=lambda text: text.lower().replace("-", ""), choices=list(recipe.datasets),
+                       default=next(iter(recipe.datasets)), help="data set; it decides the number of classes")
     group.add_argument("--path", default="./data", help="folder of the data set; fetched there if it is missing")
     group.add_argument("-j", "--workers", type=whole(0), default=4,
                        help="accepted for the published command lines and unused: data is kept in memory, ready to use")
+    group.add_argument("--train-limit", type=whole(1), metavar="N", help="train on the first N samples only (default: on all)")
+    group.add_argument("--test-limit", type=whole(1), metavar="N", help="test on the first N samples only (default: on all)")
     group.add_argument("--train-batch", type=whole(1), default=128, help="training samples per step")
     group.add_argument("--test-batch", type=whole(1), default=200, help="test samples per step")
 
@@ -52,12 +67,15 @@ def _add_gradient_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tol", type=real(above=0), default=1e-3,
                        help="residual, relative to ‖∂L/∂a‖, at which the solver stops; 1e-6 for comparisons of gradients")
     group.add_argument("--threshold", type=whole(1), default=30, help="most solver iterations (products with Jᵀ) per step")
+    group.add_argument("--jacobian-bn", choices=("train", "eval"), default="train",
+                       help="mode of the batch norms in J: train as in f, or eval, with which early steps need fewer products")
 
 
 def _add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=whole(1), default=100, help="epochs in all")
-    group.add_argument("--start-epoch", type=whole(0), default=None, help="number of the first epoch (default: the resumed one, or 0)")
+    group.add_argument("--start-epoch", type=whole(0), default=None,
+                       help="number of the first epoch (default: the resumed one, or 0)")
     group.add_argument("--optimizer", choices=("SGD", "Adam"), default="SGD", help="Adam uses betas 0.9 and 0.999")
     group.add_argument("--lr", "--learning-rate", type=real(above=0), default=0.05, help="learning rate before any milestone")
     group.add_argument("--schedule", type=whole(0), nargs="*", default=[30, 60, 90],
@@ -70,12 +88,17 @@ def _add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("-c", "--checkpoint", default="checkpoint", metavar="DIR", help="folder for checkpoints, log and plots")
-    group.add_argument("--resume", default="", metavar="FILE", help="go on from this checkpoint, this project's or a published one")
+    group.add_argument("-c", "--checkpoint", default="checkpoint", metavar="DIR",
+                       help="folder for checkpoints, log, plots and run.json")
+    group.add_argument("--resume", default="", metavar="FILE",
+                       help="go on from this checkpoint, this project's or a published one (default: a new run)")
     group.add_argument("-e", "--evaluate", action="store_true", help="evaluate the --resume checkpoint on the test set and stop")
-    group.add_argument("--firing-rate", action="store_true", help="print firing rates per layer at the end, or with --evaluate")
+    group.add_argument("--firing-rate", action="store_true",
+                       help="firing rates per layer at the end, or with --evaluate: a table, and a bar chart in DIR")
     group.add_argument("--manualSeed", "--seed", type=whole(0), default=None, help="random seed (default: drawn, and printed)")
     group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
+    group.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
+                       help="factors of convolutions and matrix products (tf32: on CUDA); membrane potentials are float32 in any case")
     group.add_argument("--gpu-id", default="0", help="number of the CUDA device; without any CUDA device, ignored with a warning")
 
 

@@ -1,6 +1,5 @@
 """Checkpoints: one file format to write, this project's and the published one to read."""
 
-import os
 import pickle
 import zipfile
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.files import written_aside
 from utils.published import is_published, translate_momentum, translate_state_dict
 
 LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
@@ -34,17 +34,8 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write aside, flush to the disk and rename, so that `path` is always a whole file, the old one or the new."""
-    contents = {**vars(checkpoint), "torch_version": str(torch.__version__)}
-    aside = path.with_name(path.name + ".part")
-    try:
-        with aside.open("wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as file:
+        torch.save({**vars(checkpoint), "torch_version": str(torch.__version__)}, file)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -81,8 +72,8 @@ def restore_network(network: nn.Module, checkpoint: Checkpoint, path: Path) -> N
         there, here = checkpoint.state_dict.get(name), own.get(name)
         if there is None or here is None or there.shape != here.shape:
             shapes = [f"of shape {tuple(tensor.shape)}" if tensor is not None else "missing" for tensor in (there, here)]
-            raise UserError(f"--resume {path}: a checkpoint of another network ({name} is {shapes[0]} in the file, {shapes[1]} in "
-                            "this network); use the script and flags that it was trained with")
+            raise UserError(f"--resume {path}: a checkpoint of another network ({name} is {shapes[0]} in the file, {shapes[1]} "
+                            "in this network); use the script and flags that it was trained with")
     network.load_state_dict(checkpoint.state_dict)
 
 

@@ -1,4 +1,7 @@
-"""Choice of the device to compute on."""
+"""The device to compute on: its choice and its name."""
+
+import platform
+from pathlib import Path
 
 import torch
 from termcolor import cprint
@@ -29,3 +32,22 @@ def choose_device(name: str, gpu_id: str) -> torch.device:
     if name == "mps" and not mps:
         raise UserError("--device mps: PyTorch finds no MPS device on this machine; use --device cpu")
     return torch.device(name)
+
+
+def set_precision(name: str) -> bool:
+    """Have CUDA's products rounded as `--precision name` says; whether they are to be bfloat16, which is the network's to do.
+
+    fp32 is float32 throughout, tf32 rounds the factors to 10 bits of mantissa on the GPUs that can, bf16 to 7.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
+    return name == "bf16"
+
+
+def describe_device(device: torch.device) -> str:
+    """The name of the GPU or the CPU model, with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model or platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,54 +1,42 @@
-"""What every training script does once its recipe is known: set up, train or evaluate, log, save."""
+"""What every training script does once its recipe is known: set up, train or evaluate, report."""
 
 import sys
-import time
 from argparse import Namespace
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
-from termcolor import colored, cprint
+from termcolor import cprint
 
-from modules.implicit import BackwardSolver, SolveTally
+from modules.implicit import BackwardSolver
 from modules.network import FeedbackSNN
 from modules.neuron import make_neuron
 from utils.arguments import parse_arguments
 from utils.batches import Batches, Samples
-from utils.checkpoint import (BEST, LATEST, Checkpoint, load_checkpoint, random_state, restore_network, restore_optimizer,
-                              restore_random_state, save_checkpoint)
-from utils.device import choose_device
+from utils.checkpoint import LATEST, Checkpoint, load_checkpoint, restore_network
+from utils.device import choose_device, set_precision
 from utils.errors import UserError
 from utils.firing_rate import FiringRates
+from utils.fit import fit, starting_point
 from utils.log import Log
-from utils.run_folder import open_run_folder
-from utils.schedule import learning_rate
-from utils.training import evaluate, train_one_epoch
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One experiment of the paper: a network, a data set and the defaults of the flags that differ from the shared ones.
-
-    `network(args, **settings)` builds it, `data(args)` gives training and test samples.
-    """
-
-    description: str
-    network: Callable[..., FeedbackSNN]
-    data: Callable[[Namespace], Tuple[Samples, Samples]]
-    defaults: Dict[str, Any] = field(default_factory=dict)
+from utils.plots import plot_firing_rates, plot_log
+from utils.recipe import Recipe
+from utils.run_folder import check_writable, open_run_folder
+from utils.run_record import Used, write_run_record
+from utils.training import evaluate
 
 
 def main(recipe: Recipe, argv: Optional[Sequence[str]] = None) -> None:
     """Run the experiment from the command line; a user's mistake is one sentence and exit status 2."""
-    args = parse_arguments(recipe.description, recipe.defaults, argv)
+    args = parse_arguments(recipe, argv)
     try:
         run(recipe, args)
     except UserError as error:
         cprint(f"error: {error}", "red", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\nStopped. The last whole epoch is in {Path(args.checkpoint) / LATEST}.", file=sys.stderr)
+        kept = "" if args.evaluate else f" The last whole epoch is in {Path(args.checkpoint) / LATEST}."
+        print(f"\nStopped.{kept}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -57,79 +45,60 @@ def run(recipe: Recipe, args: Namespace) -> None:
     device = choose_device(args.device, args.gpu_id)
     seed = args.manualSeed if args.manualSeed is not None else torch.seed() % 2**31
     torch.manual_seed(seed)
-    neuron = make_neuron(args.vth, args.leaky)
-    network = recipe.network(neuron=neuron, time_steps=args.time_step, dropout=args.dropout,
-                             solver=BackwardSolver(args.solver, args.tol, args.threshold))
+    network, checkpoint = _build(recipe, args, device)
+    folder = Path(args.checkpoint)
+    start = None if args.evaluate else starting_point(network, args, checkpoint)
+    if start or args.firing_rate:
+        check_writable(folder)
+    train, test, used = _load(recipe, args, device)
+    title = f"{recipe.description.format(dataset=args.dataset)}, {network.neuron.name}, T = {args.time_step}"
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    neurons = sum(network.neuron_counts)
+    print(f"{title}: {parameters:,d} parameters, {neurons:,d} neurons, on {device}, seed {seed}\n{used}", flush=True)
+    test_batches = Batches(test, args.test_batch, shuffled=False)
+    if start:
+        continued = bool(args.resume) and Path(args.resume).resolve().parent == folder.resolve()
+        open_run_folder(folder, continued)
+        write_run_record(folder, args, seed, device, used)
+        log = Log(folder / "log.txt", keep=start.epoch if continued else 0)
+        fit(network, Batches(train, args.train_batch, shuffled=True), test_batches, start, log, args)
+        print(f"plots of the log: {_listed(plot_log(log.rows, folder / 'log'))}")
+    if args.evaluate or args.firing_rate:
+        _report(network, test_batches, title, folder if args.firing_rate else None)
+
+
+def _build(recipe: Recipe, args: Namespace, device: torch.device) -> Tuple[FeedbackSNN, Optional[Checkpoint]]:
+    """The network on its device, with the tensors of the checkpoint to go on from, if there is one."""
+    network = recipe.network(classes=recipe.datasets[args.dataset], neuron=make_neuron(args.vth, args.leaky),
+                             time_steps=args.time_step, dropout=args.dropout,
+                             solver=BackwardSolver(args.solver, args.tol, args.threshold), jacobian_bn=args.jacobian_bn,
+                             bf16_products=set_precision(args.precision))
     checkpoint = load_checkpoint(Path(args.resume)) if args.resume else None
     if checkpoint:
         restore_network(network, checkpoint, Path(args.resume))
-    network.to(device)
-    train, test = (samples.to(device) for samples in recipe.data(args))
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    print(f"{recipe.description}: {neuron.name}, T = {args.time_step}, {parameters:,d} parameters, on {device}, seed {seed}")
-    test_batches = Batches(test, args.test_batch, shuffled=False)
-    if not args.evaluate:
-        _train(network, Batches(train, args.train_batch, shuffled=True), test_batches, args, checkpoint)
-    if args.evaluate or args.firing_rate:
-        _report(network, test_batches, args.firing_rate)
+    return network.to(device), checkpoint
 
 
-def _report(network: FeedbackSNN, batches: Batches, firing_rate: bool) -> None:
-    rates = FiringRates(network.neuron_counts) if firing_rate else None
+def _load(recipe: Recipe, args: Namespace, device: torch.device) -> Tuple[Optional[Samples], Samples, Used]:
+    """The samples in use on the device, of the training set only to train; and how many they are of how many."""
+    train, test = recipe.data(args)
+    chosen_train, chosen_test = train.first(args.train_limit), test.first(args.test_limit)
+    counts = [len(samples.labels) for samples in (chosen_train, train, chosen_test, test)]
+    if args.evaluate:
+        return None, chosen_test.to(device), Used(None, None, *counts[2:])
+    return chosen_train.to(device), chosen_test.to(device), Used(*counts)
+
+
+def _report(network: FeedbackSNN, batches: Batches, title: str, rates_folder: Optional[Path]) -> None:
+    """Loss and accuracy and, where a folder for their chart is given, firing rates, all from one pass over the test set."""
+    rates = FiringRates(network.neuron_counts) if rates_folder else None
     loss, top1, top5 = evaluate(network, batches, rates)
     print(f"test loss {loss:.4f} | top-1 {top1:.2f} % | top-5 {top5:.2f} %")
     if rates:
-        print(rates.table())
+        rates_folder.mkdir(parents=True, exist_ok=True)
+        chart = plot_firing_rates(rates.per_layer, rates.total, rates.neuron_counts, title, rates_folder / "firing_rate")
+        print(f"{rates.table()}\nbar chart: {_listed(chart)}")
 
 
-def _train(network: FeedbackSNN, train: Batches, test: Batches, args: Namespace, checkpoint: Optional[Checkpoint]) -> None:
-    folder = Path(args.checkpoint)
-    optimizer = make_optimizer(network, args)
-    first_epoch, best = 0, 0.0
-    if checkpoint:
-        restore_optimizer(optimizer, network, checkpoint, Path(args.resume))
-        restore_random_state(checkpoint.random_state)
-        first_epoch, best = checkpoint.epoch, checkpoint.best_acc
-    if args.start_epoch is not None:
-        first_epoch = args.start_epoch
-    if first_epoch >= args.epochs:
-        raise UserError(f"--epochs {args.epochs}: the run starts at epoch {first_epoch}, so nothing is left to train; raise --epochs")
-    continued = bool(checkpoint) and Path(args.resume).resolve().parent == folder.resolve()
-    open_run_folder(folder, continued)
-    log = Log(folder / "log.txt", keep=first_epoch if continued else 0)
-    for epoch in range(first_epoch, args.epochs):
-        start = time.perf_counter()
-
-        def rate(iteration: int) -> float:
-            return learning_rate(args.lr, epoch, epoch * len(train) + iteration, args.schedule, args.gamma, args.warmup)
-
-        network.solver.reset_tally()
-        training = train_one_epoch(network, train, optimizer, rate)
-        tally = network.solver.reset_tally()
-        testing = evaluate(network, test)
-        is_best, best = testing.top1 > best, max(best, testing.top1)
-        print(f"epoch {epoch + 1}/{args.epochs} | learning rate {rate(len(train) - 1):g} | "
-              f"training loss {training.loss:.4f}, top-1 {training.top1:.2f} % | test loss {testing.loss:.4f}, "
-              f"top-1 {testing.top1:.2f} %, best {best:.2f} % | {describe(tally)} | {time.perf_counter() - start:.1f} s", flush=True)
-        state = Checkpoint(epoch + 1, network.state_dict(), testing.top1, best, optimizer.state_dict(),
-                           random_state=random_state(), arguments=vars(args))
-        save_checkpoint(state, folder / LATEST)
-        if is_best:
-            save_checkpoint(state, folder / BEST)
-        log.append([rate(len(train) - 1), training.loss, testing.loss, training.top1, testing.top1])
-    plots = log.plot()
-    print(f"best test accuracy over epochs: {best:.2f} %\nplots of the log: {', '.join(map(str, plots))}")
-
-
-def make_optimizer(network: FeedbackSNN, args: Namespace) -> torch.optim.Optimizer:
-    """SGD with momentum or Adam, in PyTorch's fused implementation."""
-    if args.optimizer == "Adam":
-        return torch.optim.Adam(network.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
-    return torch.optim.SGD(network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
-
-
-def describe(tally: SolveTally) -> str:
-    """The epoch's backward solves in words, in yellow where some did not converge."""
-    text = (f"solver {tally.mean_iterations:.1f} iterations, {tally.not_converged} of {tally.solves} not converged, "
-            f"largest residual {tally.worst_residual:.1e}")
-    return colored(text, "yellow") if tally.not_converged else text
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))

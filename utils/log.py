@@ -1,4 +1,4 @@
-"""The run's log.txt and its plot."""
+"""The run's log.txt."""
 
 from pathlib import Path
 from typing import List, Sequence
@@ -22,28 +22,6 @@ class Log:
         self.rows.append(list(row))
         with self.path.open("a") as file:
             file.write(_format(row) + "\n")
-
-    def plot(self) -> List[Path]:
-        """Draw loss and accuracy over epochs beside the log, as PNG and PDF; returns the two paths."""
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        epochs = range(1, len(self.rows) + 1)
-        _, train_loss, test_loss, train_accuracy, test_accuracy = zip(*self.rows)
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(7, 2.8), constrained_layout=True)
-        for axis, train, test, label in ((left, train_loss, test_loss, "cross-entropy (nats)"),
-                                         (right, train_accuracy, test_accuracy, "accuracy (%)")):
-            axis.plot(epochs, train, "--", color="#0072B2", label="training", marker="." if len(epochs) < 20 else None)
-            axis.plot(epochs, test, "-", color="#D55E00", label="test", marker="." if len(epochs) < 20 else None)
-            axis.set(xlabel="epoch", ylabel=label)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.3)
-        left.legend(frameon=False)
-        paths = [self.path.with_suffix(suffix) for suffix in (".png", ".pdf")]
-        for path in paths:
-            figure.savefig(path, dpi=200)
-        pyplot.close(figure)
-        return paths
 
 
 def read_log(path: Path) -> List[List[float]]:

@@ -5,21 +5,24 @@ from pathlib import Path
 
 from utils.checkpoint import BEST, LATEST
 from utils.errors import UserError
+from utils.run_record import RUN_RECORD
 
-_FILES = ("log.txt", "log.png", "log.pdf", LATEST, BEST)
+_FILES = ("log.txt", "log.png", "log.pdf", "firing_rate.png", "firing_rate.pdf", RUN_RECORD, LATEST, BEST)
 
 
-def open_run_folder(folder: Path, continued: bool) -> None:
-    """Make `folder` and see that it can be written. Unless the run in it is `continued`, move that aside into earlier-N/.
-
-    Raises UserError that names -c where the folder can't be made or written.
-    """
+def check_writable(folder: Path) -> None:
+    """See that `folder` can be written, or be made, and leave nothing behind; raises UserError that names -c where it can't."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+        with tempfile.TemporaryDirectory(dir=nearest):
             pass
     except OSError as error:
         raise UserError(f"-c {folder}: the folder can't be written ({error.strerror}); name another") from error
+
+
+def open_run_folder(folder: Path, continued: bool) -> None:
+    """Make `folder` ready for a run. Unless the run that is in it is `continued`, move that aside into earlier-N/."""
+    folder.mkdir(parents=True, exist_ok=True)
     earlier = [folder / name for name in _FILES if (folder / name).exists()]
     if continued or not earlier:
         return

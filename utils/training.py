@@ -1,5 +1,6 @@
 """One epoch of training and one pass of evaluation, as plain functions."""
 
+from argparse import Namespace
 from typing import Callable, Optional
 
 import torch
@@ -13,6 +14,13 @@ from utils.metrics import Averages, Metrics
 
 # Reading a metric waits for the device, so the bar shows new ones only so often.
 ITERATIONS_PER_BAR_UPDATE = 10
+
+
+def make_optimizer(network: nn.Module, args: Namespace) -> torch.optim.Optimizer:
+    """SGD with momentum or Adam, in PyTorch's fused implementation."""
+    if args.optimizer == "Adam":
+        return torch.optim.Adam(network.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+    return torch.optim.SGD(network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
 
 
 def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer,
