@@ -6,6 +6,7 @@ from typing import Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
+from modules import native
 from modules.jacobian import BatchNormDerivative, Link
 from modules.linear_map import LinearMap, scaled_filters
 from modules.simulation import Synapses
@@ -24,12 +25,13 @@ def dropout_mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
 
     p is rounded to a multiple of 2⁻¹⁶, with which the mask's mean is exactly 1.
     """
-    drop = round(p * 65536)
-    words = -(-math.prod(shape) // 4)
+    drop, count = round(p * 65536), math.prod(shape)
     # Four 16-bit draws from each 64-bit word: generating them is what costs on a CPU.
-    draws = torch.empty(words, dtype=torch.int64, device=like.device).random_(-2**63, None).view(torch.int16)
-    keep = draws[:math.prod(shape)].to(like.dtype).ge_(drop - 32768)
-    return keep.mul_(65536 / (65536 - drop)).view(shape)
+    draws = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device).random_(-2**63, None).view(torch.int16)
+    scale = 65536 / (65536 - drop)
+    if native.serves(like):
+        return native.keep_mask(draws, count, drop - 32768, scale).view(shape)
+    return draws[:count].to(like.dtype).ge_(drop - 32768).mul_(scale).view(shape)
 
 
 def masked(output: Tensor, mask: Optional[Tensor]) -> Tensor:

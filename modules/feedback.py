@@ -34,7 +34,7 @@ class _SpectralNormalise(torch.autograd.Function):
         w, gain, sigma, u, v = ctx.saved_tensors
         along = torch.dot(gradient.flatten(), w.flatten()) / sigma
         scale = gain / sigma
-        gradient_w = torch.addr((gradient * scale).flatten(1), u * (along * scale), v, alpha=-1)
+        gradient_w = (gradient * scale).flatten(1).addr_(u * (along * scale), v, alpha=-1)
         return gradient_w.view_as(w), along, None, None, None
 
 

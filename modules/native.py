@@ -54,6 +54,8 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.neuron_step.restype = kernels.spike_step.restype = size
     kernels.pack_rows.argtypes = [pointer] + [size] * 4 + [pointer]
     kernels.pack_rows.restype = None
+    kernels.keep_mask.argtypes = [pointer, pointer, size, ctypes.c_int, real]
+    kernels.keep_mask.restype = None
     kernels.saturate.argtypes = [pointer] * 3 + [size, real]
     kernels.saturate.restype = None
     kernels.simulate_layer.argtypes = [pointer] * 5 + [size] * 2 + [double, real, real]
@@ -122,6 +124,13 @@ def pack_rows(matrix: Tensor) -> Tensor:
     packed = matrix.new_empty(-(-columns // PANEL), rows, PANEL)
     library().pack_rows(matrix.data_ptr(), *matrix.stride(), rows, columns, packed.data_ptr())
     return packed
+
+
+def keep_mask(draws: Tensor, count: int, least: int, scale: float) -> Tensor:
+    """A float32 mask (count,): `scale` where an int16 draw is at least `least`, else 0."""
+    mask = torch.empty(count)
+    library().keep_mask(draws.data_ptr(), mask.data_ptr(), count, least, scale)
+    return mask
 
 
 def saturate(drive: Tensor, threshold: float) -> Tuple[Tensor, Tensor]:

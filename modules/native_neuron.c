@@ -57,3 +57,11 @@ void saturate(const float *restrict drive, float *restrict rate, float *restrict
         slope[i] = scaled >= 0.0f && scaled <= 1.0f ? steep : 0.0f;
     }
 }
+
+/* A dropout mask: scale where a uniform 16-bit draw is at least `least`, else 0. */
+void keep_mask(const short *restrict draws, float *restrict mask, ptrdiff_t n, int least, float scale)
+{
+#pragma omp parallel for simd if (n >= PARALLEL_FROM)
+    for (ptrdiff_t i = 0; i < n; i++)
+        mask[i] = draws[i] >= least ? scale : 0.0f;
+}

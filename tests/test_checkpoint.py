@@ -51,7 +51,7 @@ def test_published_file_through_the_command_line(tmp_path):
     states = {name: {"momentum_buffer": torch.zeros_like(parameter)} for name, parameter in network.named_parameters()}
     path = tmp_path / "published.pth.tar"
     published_file(network, states, path)
-    status, out, err = command("--path", data, "--resume", path, "--evaluate", "--firing-rate")
+    status, out, err = command("--path", data, "--resume", path, "--evaluate", "--firing-rate", "-c", tmp_path / "rates")
     assert status == 0 and "test loss" in out and "400 neurons" in out, err
     status, out, err = command("--path", data, "--resume", path, "--epochs", 4, "-c", tmp_path / "run")
     assert status == 0 and "epoch 4/4" in out and "epoch 3/4" not in out, err

@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from modules import native
+from modules.connection import dropout_mask
 from modules.event_driven import event_map, kernel_layout
 from modules.implicit import BackwardSolver
 from modules.jacobian import Link, TransposedJacobian
@@ -135,6 +136,15 @@ def test_chunks_and_whole_simulations_do_not_change_the_result(kind, training, e
         monkeypatch.setattr("modules.simulation.LEAST_CHUNK", 7)
         monkeypatch.setattr("modules.simulation.CHUNK_BYTES", 1)
         torch.testing.assert_close(network(x), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (300, 400)])
+def test_dropout_masks_equal_pytorchs(shape, monkeypatch):
+    torch.manual_seed(1)
+    fast = dropout_mask(shape, 0.2, torch.empty(0))
+    monkeypatch.setattr(native, "serves", lambda tensor: False)
+    torch.manual_seed(1)
+    assert torch.equal(fast, dropout_mask(shape, 0.2, torch.empty(0)))
 
 
 def test_saturation_equals_pytorch(monkeypatch):

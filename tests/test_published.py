@@ -105,7 +105,7 @@ def test_evaluates_gives_rates_and_resumes(case, tmp_path):
 
 
 def test_get_rate_with_the_published_command_line(tmp_path, monkeypatch):
-    """Layers under constant currents 2, 1, 0.5, 0 and 1.5, V_th = 2, no leak, counted on paper; the published script printed a fifth."""
+    """Layers under constant currents 2, 1, 0.5, 0 and 1.5, V_th = 2, no leak, by hand; the published script printed a fifth."""
     network, _ = lively(cifar_alexnetf, FLAGS)
     with torch.no_grad():
         for connection, current in zip((network.input, *network.hidden), (2.0, 1.0, 0.5, 0.0, 1.5)):

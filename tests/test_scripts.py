@@ -18,9 +18,9 @@ from utils.arguments import parse_arguments
 
 TRAINING = (fmnist_mlp, mnist_conv, nmnist_conv, cifar_alexnetf, cifar_cifarnetf)
 SCRIPTS = (*TRAINING, get_rate_cifar_alexnetf)
-PUBLISHED_FLAGS = """-d --dataset --path -j --workers -t --time_step --vth --leaky --epochs --start-epoch --train-batch --test-batch
-    --lr --learning-rate --warmup --drop --dropout --schedule --gamma --momentum --weight-decay --wd --optimizer -c --checkpoint
-    --resume --manualSeed -e --evaluate --gpu-id""".split()
+PUBLISHED_FLAGS = """-d --dataset --path -j --workers -t --time_step --vth --leaky --epochs --start-epoch --train-batch
+    --test-batch --lr --learning-rate --warmup --drop --dropout --schedule --gamma --momentum --weight-decay --wd --optimizer
+    -c --checkpoint --resume --manualSeed -e --evaluate --gpu-id""".split()
 OUR_FLAGS = "--firing-rate --train-limit --test-limit --solver --tol --threshold --jacobian-bn --device".split()
 
 SHARED = dict(optimizer="SGD", momentum=0.9, weight_decay=5e-4, lr=0.05, gamma=0.1, epochs=100, train_batch=128, test_batch=200,

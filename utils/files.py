@@ -8,7 +8,7 @@ from typing import BinaryIO, Iterator
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write aside, flushed to the disk and renamed at the end: `path` is always a whole file, the old one or the new."""
+    """A file to write aside, flushed and renamed at the end: `path` is always a whole file, the old one or the new."""
     aside = path.with_name(path.name + ".part")
     try:
         with aside.open("wb") as file:

@@ -32,6 +32,7 @@ class Case(NamedTuple):
 
 
 # Few samples in small batches need a smaller learning rate on CIFAR, and 1,000 recordings more dropout, than the whole sets.
+CIFAR = "--gpu-id 0 --time_step 30 --leaky 0.99"
 FEW = "--train-limit 64 --test-limit 20 --train-batch 16 --lr 0.01 --warmup 8"
 FEWER = "--train-limit 32 --test-limit 10 --train-batch 8 --lr 0.01 --warmup 8"
 CASES = {
@@ -40,10 +41,10 @@ CASES = {
                            "--train-limit 1000 --test-limit 500 --train-batch 32", 3, 70),
     "F64C5 on N-MNIST": Case("nmnist_conv.py --gpu-id 0 --time_step 30 --leaky 1", NMNIST,
                              "--train-limit 1000 --test-limit 100 --train-batch 32 --drop 0.5 --schedule 8", 10, 90),
-    "AlexNet-F on CIFAR-10": Case("cifar_alexnetf.py --gpu-id 0 --dataset cifar10 --time_step 30 --leaky 0.99", DATA, FEW, 5, 0),
-    "AlexNet-F on CIFAR-100": Case("cifar_alexnetf.py --gpu-id 0 --dataset cifar100 --time_step 30 --leaky 0.99", CIFAR100, FEW, 5, 0),
-    "CIFARNet-F on CIFAR-10": Case("cifar_cifarnetf.py --gpu-id 0 --dataset cifar10 --time_step 30 --leaky 0.99", DATA, FEWER, 4, 0),
-    "CIFARNet-F on CIFAR-100": Case("cifar_cifarnetf.py --gpu-id 0 --dataset cifar100 --time_step 30 --leaky 0.99", CIFAR100, FEWER, 4, 0),
+    "AlexNet-F on CIFAR-10": Case(f"cifar_alexnetf.py --dataset cifar10 {CIFAR}", DATA, FEW, 5, 0),
+    "AlexNet-F on CIFAR-100": Case(f"cifar_alexnetf.py --dataset cifar100 {CIFAR}", CIFAR100, FEW, 5, 0),
+    "CIFARNet-F on CIFAR-10": Case(f"cifar_cifarnetf.py --dataset cifar10 {CIFAR}", DATA, FEWER, 4, 0),
+    "CIFARNet-F on CIFAR-100": Case(f"cifar_cifarnetf.py --dataset cifar100 {CIFAR}", CIFAR100, FEWER, 4, 0),
 }
 
 
