@@ -19,7 +19,7 @@ class GraphedSimulations:
         self._graphs: Dict[Tuple, "_Graph"] = {}
 
     def __call__(self, loop: Loop, input: "StaticInput | EventInput", time_steps: int) -> Tensor:
-        key = (time_steps, loop.neuron, torch.is_autocast_enabled("cuda"), type(input),
+        key = (time_steps, loop.neuron, torch.is_autocast_enabled("cuda"), torch.is_inference_mode_enabled(), type(input),
                tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.stride()) for tensor in _tensors(loop, input)))
         if key not in self._graphs:
             if len(self._graphs) >= MOST_GRAPHS:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional, Tuple
+from typing import TYPE_CHECKING, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ PANEL = 32  # as in native.h
 _FOLDER = Path(__file__).parent
 # Fused multiply-adds serve the products; the neuron update goes without, so that its roundings are PyTorch's. The link step names
 # no OpenMP library: the symbols resolve to the one that PyTorch has loaded, and both share one set of threads.
-_COMPILE = ["cc", "-O3", "-march=native", "-fPIC", *(["-fopenmp"] if sys.platform == "linux" else []), "-c"]
+_COMPILE = ["cc", "-O3", "-fPIC", *(["-fopenmp"] if sys.platform == "linux" else []), "-c"]
+_TUNED = (["-march=native"], ["-mcpu=native"], [])  # Which of them a compiler knows depends on it and on the processor.
 _SOURCES = {"native_neuron.c": ["-ffp-contract=off"], "native_events.c": ["-ffp-contract=fast"],
             "native_solve.c": ["-ffp-contract=fast"]}
 _LINK = ["cc", "-shared", "-lm"]
@@ -69,20 +70,30 @@ def _build() -> Path:
     cpu = Path("/proc/cpuinfo").read_text().partition("\n\n")[0] if Path("/proc/cpuinfo").exists() else ""
     model = [line for line in cpu.splitlines() if line.startswith(("model name", "flags"))]
     sources = b"".join((_FOLDER / name).read_bytes() for name in ("native.h", *_SOURCES))
-    key = hashlib.sha256(sources + repr((_COMPILE, _SOURCES, _LINK, model)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(sources + repr((_COMPILE, _TUNED, _SOURCES, _LINK, model)).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "feedback-snn"
     path = folder / f"native-{key}.so"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        objects = {name: f"{scratch}/{name}.o" for name in _SOURCES}
-        compiling = [[*_COMPILE, *flags, str(_FOLDER / name), "-o", objects[name]] for name, flags in _SOURCES.items()]
-        shared = f"{scratch}/native.so"
-        for command in (*compiling, [*_LINK, *objects.values(), "-o", shared]):
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-        os.replace(shared, path)
+        for tuned in _TUNED:
+            try:
+                _compile(tuned, Path(scratch))
+                break
+            except subprocess.CalledProcessError:
+                if not tuned:
+                    raise
+        os.replace(f"{scratch}/native.so", path)
     return path
+
+
+def _compile(tuned: List[str], scratch: Path) -> None:
+    """Leave native.so in `scratch`."""
+    objects = {name: str(scratch / f"{name}.o") for name in _SOURCES}
+    compiling = [[*_COMPILE, *tuned, *flags, str(_FOLDER / name), "-o", objects[name]] for name, flags in _SOURCES.items()]
+    for command in (*compiling, [*_LINK, *objects.values(), "-o", str(scratch / "native.so")]):
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
 def serves(tensor: Tensor) -> bool:

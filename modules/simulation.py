@@ -62,7 +62,8 @@ class SpikingLayer:
         self.neuron, self.steps, self.fired = neuron, 0, 0.0
         self.native, self.triton = native.serves(like), triton_neuron.serves(like)
         layout = torch.channels_last if (self.native or self.triton) and len(shape) == 4 else torch.contiguous_format
-        self.potential, self.spikes = resting_state(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout))
+        empty = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+        self.potential, self.spikes = resting_state(empty)
         self.total = torch.zeros_like(self.spikes) if with_rate else None
 
     def step(self, current: Optional[Tensor], synapses: Optional[Synapses] = None, source: Optional["SpikingLayer"] = None,
