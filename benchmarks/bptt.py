@@ -43,7 +43,7 @@ class Recurrent(nn.Module):
 
     def forward(self, x):
         current, spikes, rate = self.input(x), torch.zeros(len(x), CHANNELS, 14, 14), 0.0
-        self.reset()
+        self.begin()
         for _ in range(self.time_steps):
             spikes = self.neurons(current + self.feedback(spikes))
             rate = rate + spikes / self.time_steps
@@ -57,7 +57,7 @@ class SpikingJelly(Recurrent):
         self.node = neuron.LIFNode(tau=1 / (1 - LEAK), decay_input=False, v_threshold=THRESHOLD, v_reset=None,
                                    surrogate_function=surrogate.ATan())
 
-    def reset(self):
+    def begin(self):
         from spikingjelly.activation_based import functional
         functional.reset_net(self)
 
@@ -72,7 +72,7 @@ class SnnTorch(Recurrent):
         from snntorch import surrogate
         self.leaky = snntorch.Leaky(beta=LEAK, threshold=THRESHOLD, reset_mechanism="subtract", spike_grad=surrogate.atan())
 
-    def reset(self):
+    def begin(self):
         self.membrane = self.leaky.init_leaky()
 
     def neurons(self, current):
@@ -93,8 +93,9 @@ class Side:
 
     def __init__(self, name: str, time_steps: int, batch: int, path: str):
         torch.manual_seed(0)
-        samples = load_mnist(path).normalised(0.1307, 0.3081)[0]
-        self.x, self.labels = samples.inputs[:batch].clone(), samples.labels[:batch]
+        images = load_mnist(path)  # Only the batch becomes float32, so that the peak memory is the network's.
+        few = images._replace(train_images=images.train_images[:batch], test_images=images.test_images[:1])
+        self.x, self.labels = few.normalised(0.1307, 0.3081)[0].inputs, images.train_labels[:batch]
         self.network = CONTESTANTS[name][0](time_steps)
         self.optimizer = torch.optim.SGD(self.network.parameters(), 0.01, momentum=0.9)
         for _ in range(3):
