@@ -15,7 +15,8 @@ INITIAL_POWER_ITERATIONS = 10
 def power_iteration(weight: Tensor, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """σ, u and v after one more iteration from u, v first: v = Wᵀu / ‖Wᵀu‖, σ = ‖W v‖ = uᵀ W v, u = W v / σ."""
     matrix = weight.flatten(1)
-    v = F.normalize(u @ matrix, dim=0)
+    v = u @ matrix
+    v = v / torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
     product = matrix @ v
     sigma = torch.linalg.vector_norm(product).clamp_min(torch.finfo(product.dtype).tiny)
     return sigma, product / sigma, v

@@ -34,6 +34,11 @@ void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_strid
     for (ptrdiff_t first = 0; first < columns; first += PANEL) {
         float *panel = packed + first * rows;
         ptrdiff_t width = columns - first < PANEL ? columns - first : PANEL;
+        if (column_stride == 1 && width == PANEL) {
+            for (ptrdiff_t i = 0; i < rows; i++)
+                memcpy(panel + i * PANEL, matrix + i * row_stride + first, PANEL * sizeof *panel);
+            continue;
+        }
         for (ptrdiff_t block = 0; block < rows; block += LANES) { /* whole cache lines of a transposed matrix */
             ptrdiff_t end = block + LANES < rows ? block + LANES : rows;
             for (ptrdiff_t j = 0; j < PANEL; j++)
