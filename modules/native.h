@@ -11,6 +11,13 @@
 
 #define PANEL 32
 
+/* Floats in one of the processor's own vectors; wider ones would be kept in memory. */
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+
 struct map {
     ptrdiff_t in_positions, in_channels, out_positions, out_channels, rows; /* rows: in one panel */
     const int *segments; /* (out_positions + 1): where each output position's segments start */

@@ -4,11 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
 #define VECTORS (PANEL / LANES)
 #define GROUP 8 /* samples that a thread takes through a panel together, so that its rows stay in the cache */
 

@@ -8,7 +8,6 @@
 #include <string.h>
 
 #define MEMORY 5 /* of Anderson acceleration */
-#define LANES 16
 #define MOST_TOGETHER 16
 #define TOGETHER_BELOW 4096 /* units: a larger layer's samples are taken one by one, as their histories would fill the cache */
 
