@@ -50,9 +50,9 @@ def library() -> Optional[ctypes.CDLL]:
         warnings.warn(f"the C kernels could not be built ({error}); the slower PyTorch operations serve instead")
         return None
     pointer, size, real, double = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float, ctypes.c_double
-    kernels.neuron_step.argtypes = [pointer] * 6 + [size, real, real]
+    kernels.neuron_step_shared.argtypes = [pointer] * 6 + [size, real, real]
     kernels.spike_step.argtypes = [pointer] * 9 + [size, real, real]
-    kernels.neuron_step.restype = kernels.spike_step.restype = size
+    kernels.neuron_step_shared.restype = kernels.spike_step.restype = size
     kernels.pack_rows.argtypes = [pointer] + [size] * 4 + [pointer]
     kernels.pack_rows.restype = None
     kernels.keep_mask.argtypes = [pointer, pointer, size, ctypes.c_int, real]
@@ -108,7 +108,7 @@ def neuron_step(current: Optional[Tensor], synaptic: Optional[Tensor], mask: Opt
     All tensors are float32, on the CPU, of one shape and one dense memory layout; at least one of `current` and `synaptic` is given.
     Returns the number of spikes.
     """
-    return library().neuron_step(*map(_pointer, (current, synaptic, mask, potential, spikes, total)), potential.numel(), threshold, leak)
+    return library().neuron_step_shared(*map(_pointer, (current, synaptic, mask, potential, spikes, total)), potential.numel(), threshold, leak)
 
 
 def spike_step(synapses: "EventMap", source: Tensor, current: Optional[Tensor], mask: Optional[Tensor], potential: Tensor,

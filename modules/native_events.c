@@ -3,6 +3,9 @@
 
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #define VECTORS (PANEL / LANES)
 #define GROUP 8 /* samples that a thread takes through a panel together, so that its rows stay in the cache */
@@ -43,27 +46,44 @@ void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_strid
     }
 }
 
+#ifdef __AVX2__
+/* The numbers of a byte's set bits, in ascending order, for all bytes. */
+static unsigned char set_bits[256][8];
+
+static __attribute__((constructor)) void fill_set_bits(void)
+{
+    for (int byte = 0; byte < 256; byte++)
+        for (int bit = 0, found = 0; bit < 8; bit++)
+            if (byte >> bit & 1)
+                set_bits[byte][found++] = bit;
+}
+#endif
+
+/* Append those of the units from .. to - 1 that are not silent to `units`, which holds `count`; returns how many it then holds. */
+static int append_active(const float *values, ptrdiff_t from, ptrdiff_t to, int *units, int count)
+{
+    ptrdiff_t i = from;
+#ifdef __AVX2__
+    for (; i + 8 <= to; i += 8) { /* eight at once without a branch; what is written behind the last one is overwritten later */
+        int bits = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values + i), _mm256_setzero_ps(), _CMP_NEQ_UQ));
+        __m256i places = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)set_bits[bits]));
+        _mm256_storeu_si256((__m256i *)(units + count), _mm256_add_epi32(places, _mm256_set1_epi32(i)));
+        count += __builtin_popcount(bits);
+    }
+#endif
+    for (; i < to; i++) {
+        units[count] = i;
+        count += values[i] != 0.0f;
+    }
+    return count;
+}
+
 void list_active(const float *values, ptrdiff_t positions, ptrdiff_t channels, struct active *active)
 {
-    int *units = active->units, count = 0;
+    int count = 0;
     for (ptrdiff_t p = 0; p < positions; p++) {
         active->start[p] = count;
-        ptrdiff_t i = p * channels, end = i + channels;
-        for (; i + 16 <= end; i += 16) {
-            unsigned long long words[8], any = 0;
-            memcpy(words, values + i, sizeof words);
-            for (int k = 0; k < 8; k++)
-                any |= words[k];
-            if (any)
-                for (int k = 0; k < 16; k++) {
-                    units[count] = i + k;
-                    count += values[i + k] != 0.0f;
-                }
-        }
-        for (; i < end; i++) {
-            units[count] = i;
-            count += values[i] != 0.0f;
-        }
+        count = append_active(values, p * channels, (p + 1) * channels, active->units, count);
     }
     active->start[positions] = count;
 }

@@ -1,20 +1,20 @@
 /* The neuron update of one time step in one pass over memory (method section 1), for float32 layers on a CPU.
  *
  * Compiled without contraction to fused multiply-adds, so that every rounding, and so every spike, equals PyTorch's. */
-#include <stddef.h>
+#include "native.h"
 
 #define PARALLEL_FROM 32768
+#define STRETCH 8192 /* neurons that a thread takes at a time */
 
 /* I = current + mask * synaptic;  u = leak (u - threshold s) + I;  s = u >= threshold;  total = leak total + s.
- * Parts that are absent (a null pointer) are left out; the flags are constants, so each case is its own loop. Returns the number of
- * spikes. Too short a layer, or one that another thread team already works on, is done by the calling thread alone. */
+ * Parts that are absent (a null pointer) are left out; the flags are constants, so each case is its own loop, which the compiler
+ * vectorises only where no flag is left in it. Returns the number of spikes. */
 static inline __attribute__((always_inline)) ptrdiff_t
 step(const int has_current, const int has_synaptic, const int has_mask, const int has_total,
      const float *restrict current, const float *restrict synaptic, const float *restrict mask,
      float *restrict potential, float *restrict spikes, float *restrict total, ptrdiff_t n, float threshold, float leak)
 {
     int fired = 0;
-#pragma omp parallel for simd reduction(+ : fired) if (n >= PARALLEL_FROM)
     for (ptrdiff_t i = 0; i < n; i++) {
         float drive = has_current ? current[i] : 0.0f;
         if (has_synaptic) {
@@ -44,6 +44,18 @@ ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *
     if (current) CASE(1, 1, 0);
     if (mask) CASE(0, 1, 1);
     CASE(0, 1, 0);
+}
+
+/* The same with the work shared among threads. */
+ptrdiff_t neuron_step_shared(const float *current, const float *synaptic, const float *mask, float *potential, float *spikes,
+                             float *total, ptrdiff_t n, float threshold, float leak)
+{
+    ptrdiff_t fired = 0;
+#pragma omp parallel for reduction(+ : fired) if (n >= PARALLEL_FROM)
+    for (ptrdiff_t at = 0; at < n; at += STRETCH)
+        fired += neuron_step(current ? current + at : NULL, synaptic ? synaptic + at : NULL, mask ? mask + at : NULL, potential + at,
+                             spikes + at, total ? total + at : NULL, n - at < STRETCH ? n - at : STRETCH, threshold, leak);
+    return fired;
 }
 
 /* The rate that a neuron settles at under a constant current, rate = clamp(drive / threshold, 0, 1), and its slope in the current. */
