@@ -1,7 +1,8 @@
 /* The backward solve v = g + B^T (gain v) of a single spiking layer with feedback onto itself, float32 on a CPU.
  *
- * Samples are independent there, so each is solved on its own, by Anderson acceleration that stays in the processor's cache, and a
- * product skips the units whose equilibrium rate can't change (gain 0). */
+ * Samples are independent there, so each is solved on its own, by Anderson acceleration that stays in the processor's cache. Units
+ * whose equilibrium rate can't change (gain 0) stand on the left alone: the equation is solved for the others, the active ones, and v of
+ * the silent ones follows from their values with residual 0. */
 #include "native.h"
 
 #include <math.h>
@@ -13,13 +14,13 @@
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* One sample's solve: the iterate x, its history, and the best v seen so far. */
+/* One sample's solve: the iterate x of its `count` active units, their gain and g, and x's history; the best v of all units so far. */
 struct solve {
     double gram[MEMORY][MEMORY], best;
-    const float *gain, *g;
-    float *v, *x, *product, *mapped, *residuals;
+    const float *all_g;
+    float *v, *product, *x, *gain, *g, *mapped, *residuals;
     struct active active;
-    int slot, used, done;
+    int count, slot, used, done;
 };
 
 static double dot(const float *a, const float *b, ptrdiff_t n)
@@ -66,50 +67,64 @@ static void anderson_weights(double gram[MEMORY][MEMORY], int used, double regul
         weights[i] /= sum;
 }
 
+/* v from the iterate: x itself for the active units, g + B^T (gain x) for the others. */
+static void keep(const struct solve *solve, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i++)
+        solve->v[i] = solve->all_g[i] + solve->product[i];
+    for (int k = 0; k < solve->count; k++)
+        solve->v[solve->active.units[k]] = solve->x[k];
+}
+
 /* After product = B^T (gain x): note the residual, keep x if it is the best, and propose the next x unless this one serves. */
 static void advance(struct solve *solve, ptrdiff_t n, double bound, double regularisation)
 {
-    int slot = solve->slot, used = solve->used < MEMORY ? ++solve->used : MEMORY;
+    int slot = solve->slot, used = solve->used < MEMORY ? ++solve->used : MEMORY, count = solve->count;
     float *restrict mapped = solve->mapped + slot * n, *restrict residual = solve->residuals + slot * n, *restrict x = solve->x;
     solve->slot = (slot + 1) % MEMORY;
-    for (ptrdiff_t i = 0; i < n; i++) {
-        mapped[i] = solve->g[i] + solve->product[i];
-        residual[i] = mapped[i] - x[i];
+    for (int k = 0; k < count; k++) {
+        mapped[k] = solve->g[k] + solve->product[solve->active.units[k]];
+        residual[k] = mapped[k] - x[k];
     }
     for (int i = 0; i < used; i++)
-        solve->gram[slot][i] = solve->gram[i][slot] = dot(solve->residuals + i * n, residual, n);
+        solve->gram[slot][i] = solve->gram[i][slot] = dot(solve->residuals + i * n, residual, count);
     double size = sqrt(solve->gram[slot][slot]), weights[MEMORY];
     if (size < solve->best) {
         solve->best = size;
-        memcpy(solve->v, x, n * sizeof *x);
+        keep(solve, n);
     }
     solve->done = !(size > bound) || !isfinite(size);
     if (solve->done)
         return;
     anderson_weights(solve->gram, used, regularisation, weights);
-    for (ptrdiff_t i = 0; i < n; i++)
-        x[i] = (float)weights[0] * solve->mapped[i];
-    for (int k = 1; k < used; k++) {
-        const float *restrict earlier = solve->mapped + k * n;
-        for (ptrdiff_t i = 0; i < n; i++)
-            x[i] += (float)weights[k] * earlier[i];
+    for (int k = 0; k < count; k++)
+        x[k] = (float)weights[0] * solve->mapped[k];
+    for (int i = 1; i < used; i++) {
+        const float *restrict earlier = solve->mapped + i * n;
+        for (int k = 0; k < count; k++)
+            x[k] += (float)weights[i] * earlier[k];
     }
 }
 
 /* Bytes of one sample's scratch, and its places there; the iteration starts from x = g. */
 static size_t solve_bytes(const struct map *map, ptrdiff_t n)
 {
-    return sizeof(float) * n * (3 + 2 * MEMORY) + sizeof(int) * (n + 1 + map->in_positions + 1);
+    return sizeof(float) * n * (5 + 2 * MEMORY) + sizeof(int) * (n + 1 + map->in_positions + 1);
 }
 
 static void begin(struct solve *solve, const struct map *map, char *scratch, const float *gain, const float *g, float *v, ptrdiff_t n)
 {
     float *floats = (float *)scratch;
-    int *ints = (int *)(floats + n * (3 + 2 * MEMORY));
-    *solve = (struct solve){.best = INFINITY, .gain = gain, .g = g, .v = v, .x = floats, .product = floats + n, .mapped = floats + 3 * n,
-                            .residuals = floats + (3 + MEMORY) * n, .active = {ints, ints + map->in_positions + 1, floats + 2 * n}};
+    int *ints = (int *)(floats + n * (5 + 2 * MEMORY)), *units = ints + map->in_positions + 1;
+    *solve = (struct solve){.best = INFINITY, .all_g = g, .v = v, .product = floats, .x = floats + n, .gain = floats + 2 * n,
+                            .g = floats + 3 * n, .mapped = floats + 5 * n, .residuals = floats + (5 + MEMORY) * n,
+                            .active = {ints, units, floats + 4 * n}};
     list_active(gain, map->in_positions, map->in_channels, &solve->active);
-    memcpy(solve->x, g, n * sizeof *g);
+    solve->count = ints[map->in_positions];
+    for (int k = 0; k < solve->count; k++) {
+        solve->gain[k] = gain[units[k]];
+        solve->x[k] = solve->g[k] = g[units[k]];
+    }
     memcpy(v, g, n * sizeof *g);
 }
 
@@ -126,8 +141,8 @@ static ptrdiff_t iterate(const struct map *map, const float *packed, struct solv
             struct solve *solve = solves + s;
             if (solve->done)
                 continue;
-            for (int k = 0; k < solve->active.start[map->in_positions]; k++)
-                solve->active.factors[k] = solve->gain[solve->active.units[k]] * solve->x[solve->active.units[k]];
+            for (int k = 0; k < solve->count; k++)
+                solve->active.factors[k] = solve->gain[k] * solve->x[k];
             active[going] = solve->active;
             out[going++] = solve->product;
         }
@@ -135,9 +150,14 @@ static ptrdiff_t iterate(const struct map *map, const float *packed, struct solv
             break;
         products += going;
         add_rows(map, packed, NULL, active, out, going);
-        for (int s = 0; s < count; s++)
+        double squares = 0;
+        for (int s = 0; s < count; s++) {
             if (!solves[s].done)
                 advance(solves + s, n, bound, regularisation);
+            squares += solves[s].best * solves[s].best;
+        }
+        if (squares <= count * bound * bound)
+            break;
     }
     return products;
 }
