@@ -49,6 +49,11 @@ class Link(NamedTuple):
     gain: Optional[Tensor] = None
     norm: Optional[BatchNormDerivative] = None
 
+    def laid_out(self) -> "Link":
+        """The same with channels last, in which the adjoint of a convolution is a tenth to a third faster on a CPU."""
+        norm = self.norm and self.norm._replace(input=kernel_layout(self.norm.input))
+        return self._replace(weight=kernel_layout(self.weight), gain=kernel_layout(self.gain), norm=norm)
+
     def __call__(self, v: Tensor) -> Tensor:
         q = v if self.gain is None else v * self.gain
         return self.map.adjoint(q if self.norm is None else self.norm(q), self.weight, self.input_shape)
@@ -58,13 +63,14 @@ class TransposedJacobian:
     """v ↦ Jᵀ v for the links of one lap in the order of the layers, the first holding the feedback; keeps v's shape and dtype."""
 
     def __init__(self, links: Sequence[Link]):
-        self.links = list(links)
+        self.links = [link.laid_out() for link in links]
 
     @torch.no_grad()
     def __call__(self, v: Tensor) -> Tensor:
+        v = kernel_layout(v)
         for link in reversed(self.links):
             v = link(v)
-        return v
+        return v.contiguous()
 
     def solve_by_kernel(self, gradient: Tensor, tol: float, max_iterations: int) -> Optional[Solution]:
         """Solve v = gradient + Jᵀ v of a single layer by the C kernel, sample by sample; None where it can't serve or would be slower."""
@@ -72,6 +78,6 @@ class TransposedJacobian:
         if len(self.links) > 1 or not native.serves(gradient) or native.more_active_than(link.gain, EVENT_DRIVEN_BELOW):
             return None
         adjoint = event_map(*link.map.mirrored(link.weight, link.input_shape), None, link.gain.shape[1:])
-        value, residual, products = native.solve_layer(adjoint, kernel_layout(link.gain), kernel_layout(gradient), tol, max_iterations,
+        value, residual, products = native.solve_layer(adjoint, link.gain, kernel_layout(gradient), tol, max_iterations,
                                                        Anderson.regularisation)
         return Solution(value, residual, products, residual <= tol)
