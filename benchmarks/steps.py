@@ -1,9 +1,9 @@
 """Times training steps and evaluations of F400, F64C5 and AlexNet-F, the project against the yardstick and the machine's limit.
 
-    python -m benchmarks.steps [--device cpu|cuda] [--turns 3] [--path ./data] [--only F64C5]
+    python -m benchmarks.steps [--device cpu|cuda] [--turns 3] [--path ./data] [--only F64C5] [--trained F64C5=checkpoints/mnist/checkpoint.pth.tar]
 
-Project and yardstick take turns on the same batch of real images with the same weights, which the project has trained for a while
-first (--warm-steps), so that both run at real firing rates. The floor is the time that the project's multiply-adds, done densely,
+Project and yardstick take turns on the same batch of real images with the same weights: those of a checkpoint (--trained), or, after
+a short training here, weights on the way there; firing rates and the solves' products, and so the times, are those of that network. The floor is the time that the project's multiply-adds, done densely,
 take at the rate of the device's own float32 matrix products, measured in every turn.
 """
 
@@ -11,7 +11,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from benchmarks.yardstick import copy_weights, yardstick_alexnet_f, yardstick_f4
 from modules.neuron import make_neuron
 from modules.zoo import alexnet_f, f64c5_mnist, f400
 from utils.batches import Batches
+from utils.checkpoint import load_checkpoint
 from utils.datasets import load_cifar, load_fashion_mnist, load_mnist
 from utils.firing_rate import FiringRates
 
@@ -137,7 +138,7 @@ def build(case: Case):
 
 
 class Trained:
-    """Trains a network for some steps and leaves its weights in a file."""
+    """Leaves a checkpoint's weights in a file, or those of a network that it trains for some steps."""
 
     def __init__(self, network: str, device: str, path: str):
         self.name, self.device, self.samples = network, torch.device(device), load_images(network, path)
@@ -145,7 +146,10 @@ class Trained:
     def batch(self, size: int, file: str) -> None:
         torch.save((self.samples.inputs[:size].clone(), self.samples.labels[:size].clone()), file)
 
-    def weights(self, steps: int, file: str) -> None:
+    def weights(self, steps: int, checkpoint: Optional[str], file: str) -> None:
+        if checkpoint:
+            torch.save(load_checkpoint(Path(checkpoint)).state_dict, file)
+            return
         torch.manual_seed(0)
         case = next(case for case in CASES if case.network == self.name)
         network = build(case).to(self.device).train()
@@ -184,13 +188,15 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="how often each side is timed")
     parser.add_argument("--path", default="./data", help="folder of the data sets")
     parser.add_argument("--only", choices=NETWORKS, nargs="*", default=list(NETWORKS), help="networks to time")
+    parser.add_argument("--trained", nargs="*", default=[], metavar="NETWORK=FILE", help="checkpoints whose weights to use")
     args = parser.parse_args()
+    trained_files = dict(pair.split("=", 1) for pair in args.trained)
     print(f"{describe_machine(args.device)}\n{HEADER}")
     rows: List[Dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for network in args.only:
             trained, weights = Worker(Trained, network, args.device, args.path), str(Path(scratch) / "weights")
-            trained.call("weights", WARM_STEPS[network], weights)
+            trained.call("weights", WARM_STEPS[network], trained_files.get(network), weights)
             for case in GPU_CASES if args.device == "cuda" else CASES:
                 if case.network == network:
                     batch = str(Path(scratch) / "batch")

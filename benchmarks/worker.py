@@ -23,7 +23,7 @@ class Worker:
         return self._answer()
 
     def close(self) -> float:
-        """End the process and return its peak resident memory in MB, processes of its own not counted."""
+        """End the process and return its peak resident memory in MB, less what its imports took; processes of its own are not counted."""
         peak = self.call("")
         self._pipe.close()
         self._process.join()
@@ -40,6 +40,7 @@ class Worker:
 
 
 def _serve(pipe, factory, args) -> None:
+    imports = _peak_mb()
     try:
         target = factory(*args)
         pipe.send((False, None))
@@ -53,5 +54,9 @@ def _serve(pipe, factory, args) -> None:
     except Exception:
         pipe.send((True, traceback.format_exc()))
         return
+    pipe.send((False, _peak_mb() - imports))
+
+
+def _peak_mb() -> float:
     unit = 1 if sys.platform == "darwin" else 1024
-    pipe.send((False, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
