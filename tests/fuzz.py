@@ -49,7 +49,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             count = max(1, round(args.inputs * share / sum(share for share, _ in READERS.values())))
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            with _quiet():
+            with quiet():
                 outcomes = fuzz(name, make(folder), range(count), args.seed, folder, args.save)
             print(f"{name:30s} {_told(outcomes)}, {time.perf_counter() - began:.1f} s", flush=True)
             totals.update(outcomes)
@@ -114,7 +114,7 @@ def _memory(kind: str) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what libraries in C write to the standard error, such as libpng on every damaged picture."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

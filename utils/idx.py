@@ -39,8 +39,8 @@ def _parse(path: Path, file: BinaryIO, dimensions: int) -> np.ndarray:
         raise _damaged(path, f"it is not an IDX file of unsigned bytes in {dimensions} dimensions")
     sizes: Tuple[int, ...] = struct.unpack(f">{dimensions}I", header[4:])
     size = math.prod(sizes)
-    if size > LARGEST:
-        raise _damaged(path, f"its header promises {size:,d} bytes of data, and at most {LARGEST:,d} are meant")
+    if math.prod(max(length, 1) for length in sizes) > LARGEST:  # NumPy refuses such sizes even of empty arrays.
+        raise _damaged(path, f"its header promises {size} bytes of data in the shape {sizes}, larger than is meant")
     contents = _read(file, size + 1)
     if len(contents) != size:
         held = f"more than {size}" if len(contents) > size else str(len(contents))
