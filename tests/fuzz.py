@@ -1,8 +1,9 @@
 """Bad input at random: python -m tests.fuzz [--inputs 100000] [--seed 0]
 
-Valid files of every kind, and command lines, are altered and given to their readers. Each is to be read, with what was read checked,
-or refused with UserError (ValueError where a reader promises that to `fetch`; status 2 and a sentence on the command line). Another
-exception, more than LIMIT_S seconds or LIMIT_BYTES of memory more than before is a failure, and its input is saved. The last line counts them all; the exit status is 1 if anything failed.
+Valid files of every kind, and command lines, are altered and given to their readers. Each is to be read, with what was read
+checked, or refused with UserError (ValueError where a reader promises that to `fetch`; status 2 and a sentence on the command line).
+Another exception, more than LIMIT_S seconds or LIMIT_BYTES of memory more than before is a failure, and its input is saved. The last
+line counts them all; the exit status is 1 if anything failed.
 """
 
 import argparse
@@ -38,7 +39,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=100_000, help="inputs in all (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (default: %(default)s)")
-    parser.add_argument("--save", type=Path, default=Path("fuzz-failures"), help="folder for inputs that fail (default: %(default)s)")
+    parser.add_argument("--save", type=Path, default=Path("fuzz-failures"),
+                        help="folder for inputs that fail (default: %(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     totals: Counter = Counter()

@@ -27,7 +27,7 @@ from tests.published_layout import published_file
 from tests.small_data import write_small_nmnist
 from utils import nmnist
 from utils.arguments import parse_arguments
-from utils.checkpoint import load_checkpoint, random_state, restore_network, restore_optimizer, save_checkpoint, Checkpoint
+from utils.checkpoint import Checkpoint, load_checkpoint, random_state, restore_network, restore_optimizer, save_checkpoint
 from utils.cifar_files import parse_batch
 from utils.cifar_sheets import TRAIN_SHEETS, repack_sheets
 from utils.errors import UserError
@@ -262,7 +262,7 @@ def cache(folder):
     whole = stored.read_bytes()
     arrays = dict(np.load(stored))
     key, path = str(arrays["key"]), folder / "cache.npz"
-    others = (np.zeros((2**20, 64)), np.array([Evil()], "O"), np.zeros((3, 2 * FRAME_BYTES), np.float32), np.full(3, 10), np.zeros(0, int))
+    others = (np.zeros((2**16, 8)), np.array([Evil()], "O"), np.zeros((3, 2 * FRAME_BYTES), np.float32), np.full(3, 10), np.zeros(0, int))
 
     def attempt(draw):
         given = altered(draw, whole)
@@ -437,6 +437,8 @@ def arguments(folder):
             argv += [draw.choice(FLAGS)] if draw.random() < 0.95 else []
             argv += [draw.choice(TEXTS) if draw.random() < 0.9 else "".join(chr(draw.randrange(0xD7FF)) for _ in range(draw.randrange(20)))
                      for _ in range(draw.choice((0, 1, 1, 1, 1, 2)))]
+            if len(argv) > 1 and argv[-2].startswith("--") and draw.random() < 0.2:
+                argv[-2:] = [f"{argv[-2]}={draw.choice((argv[-1], '--'))}"]
         (folder / "argv.txt").write_text(repr(argv), errors="backslashreplace")
         err = io.StringIO()
         try:

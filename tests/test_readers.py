@@ -361,6 +361,12 @@ def test_absurd_values_of_every_flag(flag, capsys):
             assert len(message) < 400 or flag in CHOICE
 
 
+def test_two_dashes_for_a_value(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(fmnist_mlp.RECIPE, ["--lr=--"])
+    assert end.value.code == 2 and "--lr" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("main,more", [(convert_nmnist.main, []), (preview_nmnist.main, [])])
 @pytest.mark.parametrize("path", ["", "a\0b", LONG])
 def test_paths_of_the_other_commands(main, more, path, capsys):

@@ -26,6 +26,9 @@ def parse_arguments(recipe: Recipe, argv: Optional[Sequence[str]] = None) -> arg
     assert not unknown, f"a recipe's defaults must be flags, unlike {unknown}"
     parser.set_defaults(**recipe.defaults)
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == [] and not isinstance(parser.get_default(name), list):  # what Python before 3.13 makes of --lr=--
+            parser.error(f"argument --{name}: give a value, not '--'")
     if args.evaluate and not args.resume:
         parser.error("argument --resume is missing: it names the checkpoint to --evaluate")
     return args

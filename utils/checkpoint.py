@@ -49,7 +49,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         contents = read_tensors(path)
     except ValueError as error:
-        raise UserError(f"--resume {path}: the file is not a readable checkpoint, but damaged or something else ({error})") from error
+        raise UserError(f"--resume {path}: the file is not a readable checkpoint ({error})") from error
     try:
         return _from_contents(contents)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:

@@ -1,7 +1,7 @@
-"""Reads a file of torch.save once its parts are known to fit together: nothing is executed, and no memory taken for what is not there.
+"""Reads a file of torch.save once its parts are known to fit together: nothing is executed, no memory taken for what is not there.
 
-The pickle in it is first read as data (`utils.inert_pickle`), and every tensor that it describes must lie within a storage that the
-file really holds: PyTorch itself would take a storage's size from the pickle.
+The pickle in it is first read as data (`utils.inert_pickle`), and every tensor that it describes must lie within a storage that
+the file really holds: PyTorch itself would take a storage's size from the pickle.
 """
 
 import mmap
