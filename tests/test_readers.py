@@ -244,6 +244,8 @@ WEIGHT = "input.linear.weight"
     (changed("state_dict", lambda state: state.update({WEIGHT: state[WEIGHT].half()})), "float16 in the file"),
     (changed("optimizer", lambda state: state["state"][0].update(momentum_buffer=torch.zeros(7))), "of another network"),
     (changed("optimizer", lambda state: state["state"].update({99: {"momentum_buffer": torch.zeros(7)}})), "of another network"),
+    (changed("optimizer", lambda state: state["state"][0].update(momentum_buffer=state["state"][0]["momentum_buffer"].long())),
+     "another type of numbers"),
     (changed("optimizer", lambda state: state["state"][0]["momentum_buffer"].fill_(float("nan"))), "NaN"),
     (changed("optimizer", lambda state: state.pop("state")), "table of buffers"),
 ])

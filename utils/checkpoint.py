@@ -7,8 +7,8 @@ from typing import Any, Dict, Optional
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint_checks import (check_fits, check_optimizer, check_random_state, checked_accuracy, checked_epoch,
-                                     checked_tensors)
+from utils.checkpoint_checks import (check_fits, check_optimizer, check_published_optimizer, check_random_state,
+                                     checked_accuracy, checked_epoch, checked_tensors)
 from utils.checkpoint_file import read_tensors
 from utils.errors import UserError
 from utils.files import written_aside
@@ -62,6 +62,7 @@ def _from_contents(contents: Dict[str, Any]) -> Checkpoint:
     common = dict(epoch=checked_epoch(contents["epoch"]), acc=checked_accuracy(contents["acc"]),
                   best_acc=checked_accuracy(contents["best_acc"]))
     if is_published(state_dict):
+        check_published_optimizer(contents.get("optimizer"))
         momentum = translate_momentum(state_dict, contents.get("optimizer"))
         return Checkpoint(state_dict=translate_state_dict(state_dict), momentum=momentum, **common)
     check_random_state(contents["random_state"])

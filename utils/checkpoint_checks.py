@@ -51,8 +51,22 @@ def check_optimizer(state: Any, parameters: Mapping[Any, nn.Parameter]) -> None:
                 continue
             if not isinstance(buffer, (Tensor, int, float)) or getattr(buffer, "shape", ()) != shape:
                 raise ValueError(f"its optimizer's state is of another network: {name!r:.40} of parameter {key} does not fit")
+            if name != "step" and getattr(buffer, "dtype", None) != parameters[key].dtype:
+                raise ValueError(f"{name!r:.40} of parameter {key} in its optimizer's state is of another type of numbers")
             if not (torch.isfinite(buffer).all() if isinstance(buffer, Tensor) else math.isfinite(buffer)):
                 raise ValueError(f"{name!r:.40} of parameter {key} holds NaN or infinity in its optimizer's state")
+
+
+def check_published_optimizer(optimizer: Any) -> None:
+    """None, or groups of parameters by number and a state by number: the layout of every PyTorch optimizer's state_dict()."""
+    if optimizer is None or optimizer == {}:
+        return
+    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    sound = isinstance(groups, list) and isinstance(optimizer.get("state"), dict) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) and all(type(key) is int for key in group["params"])
+        for group in groups)
+    if not sound or not all(isinstance(buffers, dict) for buffers in optimizer["state"].values()):
+        raise ValueError("its optimizer's state is no table of buffers")
 
 
 def check_random_state(state: Any) -> None:
