@@ -1,6 +1,5 @@
 """What a checkpoint must hold before a run may go on from it. Each check raises ValueError with the reason."""
 
-import math
 from typing import Any, Dict, Mapping
 
 import torch
@@ -49,11 +48,11 @@ def check_optimizer(state: Any, parameters: Mapping[Any, nn.Parameter]) -> None:
             shape = () if name == "step" else parameters[key].shape
             if buffer is None and name == "momentum_buffer":  # SGD without momentum
                 continue
-            if not isinstance(buffer, (Tensor, int, float)) or getattr(buffer, "shape", ()) != shape:
+            if not isinstance(buffer, Tensor) or getattr(buffer, "shape", ()) != shape:
                 raise ValueError(f"its optimizer's state is of another network: {name!r:.40} of parameter {key} does not fit")
             if name != "step" and getattr(buffer, "dtype", None) != parameters[key].dtype:
                 raise ValueError(f"{name!r:.40} of parameter {key} in its optimizer's state is of another type of numbers")
-            if not (torch.isfinite(buffer).all() if isinstance(buffer, Tensor) else math.isfinite(buffer)):
+            if not torch.isfinite(buffer).all():
                 raise ValueError(f"{name!r:.40} of parameter {key} holds NaN or infinity in its optimizer's state")
 
 
