@@ -9,7 +9,7 @@ NMNIST ?= ./data/NMNIST
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data fashion-mnist run run-full test test-experiments bench bench-gpu bench-bptt clean
+.PHONY: help setup data fashion-mnist run run-full test test-experiments fuzz bench bench-gpu bench-bptt clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -38,6 +38,9 @@ test: fashion-mnist  ## run all tests
 
 test-experiments: data  ## train every experiment on its real data with small limits, within 30 minutes
 	@CIFAR100="$(CIFAR100)" NMNIST="$(NMNIST)" $(PY) -m pytest -v -rP tests/experiments
+
+fuzz: .venv/ready  ## give 100,000 bad inputs to the readers of files, checkpoints and command lines, within ten minutes
+	@$(PY) -m tests.fuzz
 
 bench: data  ## time the project against a plain implementation and the machine's limit, on the CPU
 	@$(PY) -m benchmarks.epoch

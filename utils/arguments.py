@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from typing import Callable, Optional, Sequence
 
 from modules.solvers import METHODS
@@ -25,6 +26,9 @@ def parse_arguments(recipe: Recipe, argv: Optional[Sequence[str]] = None) -> arg
     assert not unknown, f"a recipe's defaults must be flags, unlike {unknown}"
     parser.set_defaults(**recipe.defaults)
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == [] and not isinstance(parser.get_default(name), list):  # what Python before 3.13 makes of --lr=--
+            parser.error(f"argument --{name}: give a value, not '--'")
     if args.evaluate and not args.resume:
         parser.error("argument --resume is missing: it names the checkpoint to --evaluate")
     return args
@@ -42,7 +46,7 @@ def _add_data_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     # Users of the published code write cifar10, the paper CIFAR-10; both are meant.
     group.add_argument("-d", "--dataset", type=lambda text: text.lower().replace("-", ""), choices=list(recipe.datasets),
                        default=next(iter(recipe.datasets)), help="data set; it decides the number of classes")
-    group.add_argument("--path", default="./data", help="folder of the data set; fetched there if it is missing")
+    group.add_argument("--path", type=place, default="./data", help="folder of the data set; fetched there if it is missing")
     group.add_argument("-j", "--workers", type=whole(0), default=4,
                        help="accepted for the published command lines and unused: data is kept in memory, ready to use")
     group.add_argument("--train-limit", type=whole(1), metavar="N", help="train on the first N samples only (default: on all)")
@@ -88,29 +92,46 @@ def _add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("-c", "--checkpoint", default="checkpoint", metavar="DIR",
+    group.add_argument("-c", "--checkpoint", type=place, default="checkpoint", metavar="DIR",
                        help="folder for checkpoints, log, plots and run.json")
-    group.add_argument("--resume", default="", metavar="FILE",
+    group.add_argument("--resume", type=place, default=None, metavar="FILE",
                        help="go on from this checkpoint, this project's or a published one (default: a new run)")
     group.add_argument("-e", "--evaluate", action="store_true", help="evaluate the --resume checkpoint on the test set and stop")
     group.add_argument("--firing-rate", action="store_true",
                        help="firing rates per layer at the end, or with --evaluate: a table, and a bar chart in DIR")
-    group.add_argument("--manualSeed", "--seed", type=whole(0), default=None, help="random seed (default: drawn, and printed)")
+    group.add_argument("--manualSeed", "--seed", type=whole(0, 2**63 - 1), default=None, help="random seed (default: drawn, and printed)")
     group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
     group.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
                        help="factors of convolutions and matrix products (tf32: on CUDA); membrane potentials are float32 in any case")
     group.add_argument("--gpu-id", default="0", help="number of the CUDA device; without any CUDA device, ignored with a warning")
 
 
-def whole(at_least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least `at_least`."""
+def place(text: str) -> str:
+    """An argparse type: a path that a file or folder may have, whether or not there is one."""
+    try:
+        text.encode()
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # What must be there is looked for later.
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no file can have this name"
+        raise argparse.ArgumentTypeError(f"the path {text[:80]!r} can't be used ({reason})") from error
+    if not text:
+        raise argparse.ArgumentTypeError("give the path of a file or folder, not an empty text")
+    return text
+
+
+def whole(at_least: int, at_most: int = 10**9) -> Callable[[str], int]:
+    """An argparse type: a whole number from `at_least` to `at_most`."""
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = at_least - 1
         if value < at_least:
-            raise argparse.ArgumentTypeError(f"give a whole number of at least {at_least}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"give a whole number of at least {at_least}, not {text[:80]!r}")
+        if value > at_most:
+            raise argparse.ArgumentTypeError(f"give a whole number of at most {at_most}, not {text[:80]!r}")
         return value
     return parse
 
@@ -127,6 +148,6 @@ def real(above: float = -math.inf, at_least: float = -math.inf, below: float = m
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value > above and value >= at_least and value < below):
-            raise argparse.ArgumentTypeError(f"give a finite number {wanted}".rstrip() + f", not {text!r}")
+            raise argparse.ArgumentTypeError(f"give a finite number {wanted}".rstrip() + f", not {text[:80]!r}")
         return value
     return parse

@@ -1,7 +1,5 @@
 """Checkpoints: one file format to write, this project's and the published one to read."""
 
-import pickle
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -9,6 +7,9 @@ from typing import Any, Dict, Optional
 import torch
 from torch import Tensor, nn
 
+from utils.checkpoint_checks import (check_fits, check_optimizer, check_published_optimizer, check_random_state,
+                                     checked_accuracy, checked_epoch, checked_tensors)
+from utils.checkpoint_file import read_tensors
 from utils.errors import UserError
 from utils.files import written_aside
 from utils.published import is_published, translate_momentum, translate_state_dict
@@ -46,27 +47,33 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"--resume {path}: there is no such file")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"--resume {path}: the file is not a readable checkpoint (damaged, or not one at all)") from error
+        contents = read_tensors(path)
+    except ValueError as error:
+        raise UserError(f"--resume {path}: the file is not a readable checkpoint ({error})") from error
     try:
         return _from_contents(contents)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--resume {path}: the file holds no checkpoint of a feedback spiking network") from error
+        reason = str(error) if type(error) is ValueError else "a part of it is missing or of another kind"
+        raise UserError(f"--resume {path}: the file holds no checkpoint of a feedback spiking network ({reason})") from error
 
 
 def _from_contents(contents: Dict[str, Any]) -> Checkpoint:
-    state_dict = dict(contents["state_dict"])
-    common = dict(epoch=int(contents["epoch"]), acc=float(contents["acc"]), best_acc=float(contents["best_acc"]))
+    state_dict = checked_tensors(contents["state_dict"])
+    common = dict(epoch=checked_epoch(contents["epoch"]), acc=checked_accuracy(contents["acc"]),
+                  best_acc=checked_accuracy(contents["best_acc"]))
     if is_published(state_dict):
+        check_published_optimizer(contents.get("optimizer"))
         momentum = translate_momentum(state_dict, contents.get("optimizer"))
         return Checkpoint(state_dict=translate_state_dict(state_dict), momentum=momentum, **common)
+    check_random_state(contents["random_state"])
+    if not isinstance(contents["arguments"], dict) or not isinstance(contents["optimizer"], dict):
+        raise ValueError("its arguments or its optimizer are no table")
     return Checkpoint(state_dict=state_dict, optimizer=contents["optimizer"], random_state=contents["random_state"],
                       arguments=contents["arguments"], **common)
 
 
 def restore_network(network: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
-    """Load the tensors; raises UserError if they belong to another network, naming the first that does not fit."""
+    """Load the tensors; raises UserError if they belong to another network or are not finite, naming the first that is so."""
     own = network.state_dict()
     for name in sorted(own.keys() | checkpoint.state_dict.keys()):
         there, here = checkpoint.state_dict.get(name), own.get(name)
@@ -74,18 +81,28 @@ def restore_network(network: nn.Module, checkpoint: Checkpoint, path: Path) -> N
             shapes = [f"of shape {tuple(tensor.shape)}" if tensor is not None else "missing" for tensor in (there, here)]
             raise UserError(f"--resume {path}: a checkpoint of another network ({name} is {shapes[0]} in the file, {shapes[1]} "
                             "in this network); use the script and flags that it was trained with")
+        try:
+            check_fits(name, there, here)
+        except ValueError as error:
+            raise UserError(f"--resume {path}: {error}") from error
     network.load_state_dict(checkpoint.state_dict)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
-    """Load the optimizer's state (momentum included); raises UserError if another kind of optimizer wrote it."""
+    """Load the optimizer's state (momentum included); raises UserError if another optimizer or network's wrote it."""
     kind = checkpoint.arguments.get("optimizer", "Adam" if _holds_moments(checkpoint.momentum) else "SGD")
     if kind != type(optimizer).__name__:
         raise UserError(f"--resume {path}: its optimizer is {kind}; go on with --optimizer {kind}")
+    parameters = dict(network.named_parameters())
+    try:
+        check_optimizer(checkpoint.momentum, parameters)
+        if checkpoint.optimizer is not None:
+            check_optimizer(checkpoint.optimizer.get("state"), dict(enumerate(network.parameters())))
+    except ValueError as error:
+        raise UserError(f"--resume {path}: {error}") from error
     if checkpoint.optimizer is not None:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": checkpoint.optimizer["state"], "param_groups": groups})
-    parameters = dict(network.named_parameters())
     for name, state in checkpoint.momentum.items():
         optimizer.state[parameters[name]] = {key: value.to(parameters[name].device) for key, value in state.items()}
 

@@ -13,6 +13,7 @@ from typing import List, Optional, Sequence
 
 from termcolor import cprint
 
+from utils.arguments import place
 from utils.errors import UserError
 from utils.nmnist_files import SPLITS, Recordings, damage_report, decoded, find_recordings
 from utils.recordings import raw_to_text
@@ -56,8 +57,8 @@ def _convert_split(recordings: Recordings, folder: Path) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description="Convert raw recordings of N-MNIST to the text layout of the published scripts.")
-    parser.add_argument("--path", required=True, metavar="RAW", help="folder of Train.zip and Test.zip, or of Train/ and Test/")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the text layout, without Train and Test in it")
+    parser.add_argument("--path", type=place, required=True, metavar="RAW", help="folder of Train.zip and Test.zip, or of Train/ and Test/")
+    parser.add_argument("--out", type=place, required=True, metavar="DIR", help="folder for the text layout, without Train and Test in it")
     args = parser.parse_args(argv)
     try:
         convert(args.path, args.out)

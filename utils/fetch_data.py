@@ -8,6 +8,7 @@ from typing import Callable, Optional, Sequence
 
 from termcolor import cprint
 
+from utils.arguments import place
 from utils.datasets import Images, load_cifar, load_fashion_mnist, load_mnist
 from utils.errors import UserError
 from utils.fetching import NotFetched
@@ -22,7 +23,7 @@ NMNIST = "nmnist"
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Exit status 2 where a data set that has a second source could not be fetched, or where a file is damaged."""
     parser = argparse.ArgumentParser(description="Fetch the data sets that are missing.")
-    parser.add_argument("--path", default="./data", help="folder of the data sets (default: %(default)s)")
+    parser.add_argument("--path", type=place, default="./data", help="folder of the data sets (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=[*LOADERS, NMNIST], default=[*LOADERS, NMNIST], metavar="NAME",
                         help="fetch these only, of %(choices)s (default: all)")
     args = parser.parse_args(argv)

@@ -3,12 +3,16 @@
 import gzip
 import math
 import struct
+import zlib
 from pathlib import Path
-from typing import Tuple
+from typing import BinaryIO, Tuple
 
 import numpy as np
 
 from utils.errors import UserError
+
+LARGEST = 2**28  # bytes of data; MNIST's training images have 47 million
+PIECE = 2**20
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -17,27 +21,39 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     The header is two zero bytes, the type code 8 (unsigned byte), the number of dimensions, and each size in 4 bytes. Raises
     UserError that names the file where it is missing, truncated, too long, or of another type or number of dimensions.
     """
-    contents, path = _contents(path)
-    header = 4 + 4 * dimensions
-    if len(contents) < header or contents[:4] != bytes([0, 0, 8, dimensions]):
-        raise _damaged(path, f"it is not an IDX file of unsigned bytes in {dimensions} dimensions")
-    sizes: Tuple[int, ...] = struct.unpack(f">{dimensions}I", contents[4:header])
-    if math.prod(sizes) != len(contents) - header:
-        raise _damaged(path, f"its header promises {math.prod(sizes)} bytes of data and it holds {len(contents) - header}")
-    return np.frombuffer(contents, np.uint8, offset=header).reshape(sizes)
-
-
-def _contents(path: Path) -> Tuple[bytes, Path]:
     compressed = path.with_name(path.name + ".gz")
-    try:
-        if path.exists() or not compressed.exists():
-            return path.read_bytes(), path
+    if compressed.exists() and not path.exists():
         path = compressed
-        return gzip.decompress(compressed.read_bytes()), compressed
+    try:
+        with gzip.open(path) if path == compressed else path.open("rb") as file:
+            return _parse(path, file, dimensions)
     except FileNotFoundError as error:
         raise UserError(f"{path}: the file is missing; fetch it with `make data`, or name its folder with --path") from error
-    except (OSError, EOFError, gzip.zlib.error) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise _damaged(path, str(error)) from error
+
+
+def _parse(path: Path, file: BinaryIO, dimensions: int) -> np.ndarray:
+    header = file.read(4 + 4 * dimensions)
+    if len(header) < 4 + 4 * dimensions or header[:4] != bytes([0, 0, 8, dimensions]):
+        raise _damaged(path, f"it is not an IDX file of unsigned bytes in {dimensions} dimensions")
+    sizes: Tuple[int, ...] = struct.unpack(f">{dimensions}I", header[4:])
+    size = math.prod(sizes)
+    if math.prod(max(length, 1) for length in sizes) > LARGEST:  # NumPy refuses such sizes even of empty arrays.
+        raise _damaged(path, f"its header promises {size} bytes of data in the shape {sizes}, larger than is meant")
+    contents = _read(file, size + 1)
+    if len(contents) != size:
+        held = f"more than {size}" if len(contents) > size else str(len(contents))
+        raise _damaged(path, f"its header promises {size} bytes of data and it holds {held}")
+    return np.frombuffer(contents, np.uint8).reshape(sizes)
+
+
+def _read(file: BinaryIO, most: int) -> bytearray:
+    """At most so many bytes, in pieces: neither a header nor a few compressed bytes can claim memory for what is not meant."""
+    contents = bytearray()
+    while len(contents) < most and (piece := file.read(min(PIECE, most - len(contents)))):
+        contents += piece
+    return contents
 
 
 def _damaged(path: Path, why: str) -> UserError:

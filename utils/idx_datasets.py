@@ -63,10 +63,11 @@ def load_idx_dataset(dataset: IdxDataset, root: Path) -> Images:
     missing = {name: md5 for name, md5 in dataset.md5.items() if not _is_there(folder, name)}
     if missing:
         fetch(dataset.title, dataset.sources, root, folder, lambda fetched: _published(fetched, missing))
+    images = Images(*_read_split(folder, "train"), *_read_split(folder, "t10k"))
     for name, md5 in dataset.md5.items():
         if (folder / name).exists() and _md5((folder / name).read_bytes()) != md5:
             cprint(f"warning: {folder / name} is not the published file (its md5 differs)", "yellow")
-    return Images(*_read_split(folder, "train"), *_read_split(folder, "t10k"))
+    return images
 
 
 def _read_split(folder: Path, split: str) -> Tuple[Tensor, Tensor]:

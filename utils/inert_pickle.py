@@ -1,11 +1,11 @@
 """Reads a pickle as data: what it would call is described and never called, so that nothing in a file can be executed."""
 
 import pickletools
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, BinaryIO, Dict, List, NamedTuple, Tuple, Union
 
 MOST_OPERATIONS = 2_000_000  # CIFAR-100's training file has about 300,000
-LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE",
-            "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+            "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 FUNCTIONS = {"numpy ndarray", "numpy dtype", "numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct",
@@ -32,21 +32,26 @@ def read_inert(contents: bytes) -> Any:
     for what is not there. Raises ValueError where the pickle holds more than a record of numbers, strings and numpy arrays, and
     that or another exception where it is damaged.
     """
-    machine = _Machine()
-    for count, (operation, argument, _) in enumerate(pickletools.genops(contents)):
-        if count > MOST_OPERATIONS:
-            raise ValueError("it has too many parts")
-        machine.step(operation.name, argument)
-    return machine.stack[-1]
+    return Machine().run(contents)
 
 
-class _Machine:
-    """pickle's stack machine, with the few operations that plain data needs."""
+class Machine:
+    """pickle's stack machine, with the few operations that plain data needs. Subclasses may know more functions and keys."""
+
+    functions = FUNCTIONS
 
     def __init__(self):
         self.stack: List[Any] = []
         self.marks: List[int] = []
         self.memo: Dict[int, Any] = {}
+
+    def run(self, contents: Union[bytes, BinaryIO]) -> Any:
+        """What the pickle holds; the exceptions are those of `read_inert`. An open file is read to the pickle's end."""
+        for count, (operation, argument, _) in enumerate(pickletools.genops(contents)):
+            if count > MOST_OPERATIONS:
+                raise ValueError("it has too many parts")
+            self.step(operation.name, argument)
+        return self.stack[-1]
 
     def step(self, operation: str, argument: Any) -> None:
         push = self.stack.append
@@ -61,12 +66,13 @@ class _Machine:
             case "LIST": push(self.since_mark())
             case "APPEND": self.extend(self.last(1))
             case "APPENDS": self.extend(self.since_mark())
-            case "DICT": push(_record(self.since_mark()))
+            case "DICT": push(self.record(self.since_mark()))
             case "SETITEM": self.update(self.last(2))
             case "SETITEMS": self.update(self.since_mark())
-            case "GLOBAL": push(_function(argument))
-            case "STACK_GLOBAL": push(_function("{} {}".format(*self.last(2))))
-            case "REDUCE": push(_call(*self.last(2)))
+            case "GLOBAL": push(self.function(argument))
+            case "STACK_GLOBAL": push(self.function("{} {}".format(*self.last(2))))
+            case "REDUCE": push(self.call(*self.last(2)))
+            case "BINPERSID": push(self.persistent(*self.last(1)))
             case "BUILD": self.build(*self.last(1))
             case "PUT" | "BINPUT" | "LONG_BINPUT": self.memo[argument] = self.stack[-1]
             case "MEMOIZE": self.memo[len(self.memo)] = self.stack[-1]
@@ -88,32 +94,36 @@ class _Machine:
         return values
 
     def extend(self, values: List[Any]) -> None:
-        _expect(self.stack[-1], list).extend(values)
+        expect(self.stack[-1], list).extend(values)
 
     def update(self, items: List[Any]) -> None:
-        _expect(self.stack[-1], dict).update(_record(items))
+        expect(self.stack[-1], dict).update(self.record(items))
+
+    def record(self, items: List[Any]) -> Dict[Any, Any]:
+        return dict(zip(map(self.key, items[::2]), items[1::2], strict=True))
+
+    def key(self, value: Any) -> Any:
+        """Keys are text or bytes; anything else could nest too deeply to be hashed."""
+        return value.decode("latin1") if type(value) is bytes else expect(value, str)
+
+    def function(self, name: str) -> Function:
+        if name not in self.functions:
+            raise ValueError(f"it holds more than data: it names {name[:80]!r}")
+        return Function(name)
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        return Call(expect(function, Function).name, expect(arguments, tuple))
+
+    def persistent(self, identity: Any) -> Any:
+        """What stands outside the pickle."""
+        raise ValueError("it holds more than data: the operation BINPERSID")
 
     def build(self, state: Any) -> None:
-        _expect(self.stack[-1], Call).state = state
+        expect(self.stack[-1], Call).state = state
 
 
-def _record(items: List[Any]) -> Dict[str, Any]:
-    """A dictionary of keys and values in turn. Keys are text or bytes; anything else could nest too deeply to be hashed."""
-    keys = [key.decode("latin1") if type(key) is bytes else _expect(key, str) for key in items[::2]]
-    return dict(zip(keys, items[1::2], strict=True))
-
-
-def _function(name: str) -> Function:
-    if name not in FUNCTIONS:
-        raise ValueError(f"it holds more than data: it names {name[:80]!r}")
-    return Function(name)
-
-
-def _call(function: Any, arguments: Any) -> Call:
-    return Call(_expect(function, Function).name, _expect(arguments, tuple))
-
-
-def _expect(value: Any, kind: type) -> Any:
+def expect(value: Any, kind: type) -> Any:
+    """`value`, which must be of this very type; raises ValueError."""
     if type(value) is not kind:
         raise ValueError(f"it has a {type(value).__name__} where a {kind.__name__} is meant")
     return value

@@ -27,7 +27,7 @@ class Log:
 def read_log(path: Path) -> List[List[float]]:
     """The rows of a log.txt; lines that are not a whole row (a torn last one) end the table."""
     rows = []
-    for line in path.read_text().splitlines()[1:]:
+    for line in path.read_text(errors="replace").splitlines()[1:]:
         try:
             row = [float(cell) for cell in line.split()]
         except ValueError:

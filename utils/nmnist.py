@@ -1,8 +1,10 @@
 """N-MNIST as binary frames in memory, eight pixels to a byte, unpacked batch by batch."""
 
+import math
 import os
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Dict, NamedTuple, Optional, Tuple
 
@@ -93,6 +95,7 @@ def _pack(recordings: Recordings, decode: Decode, time_steps: int) -> PackedSpli
 def _read_cache(path: Path, key: str, time_steps: int) -> Optional[Dict[str, PackedSplit]]:
     """None where there is no cache, or one of other recordings, or a damaged one."""
     try:
+        _check_sizes(path)
         with np.load(path, allow_pickle=False) as stored:
             if str(stored["key"]) != key:
                 return None
@@ -100,10 +103,22 @@ def _read_cache(path: Path, key: str, time_steps: int) -> Optional[Dict[str, Pac
                       for split in SPLITS}
         width = time_steps * FRAME_BYTES
         sound = all(frames.dtype == np.uint8 and labels.dtype == np.int64 and frames.shape == (len(labels), width)
-                    for frames, labels, _ in packed.values())
+                    and len(labels) > 0 and 0 <= labels.min() and labels.max() <= 9 for frames, labels, _ in packed.values())
         return packed if sound else None
     except Exception:  # whatever a damaged file makes NumPy raise, the recordings are there to be read again
         return None
+
+
+def _check_sizes(path: Path) -> None:
+    """NumPy takes the memory that an array's header states; raises ValueError where the file holds less or is compressed."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                if member.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(file) != (1, 0):
+                    raise ValueError(f"{member.filename} is not as this program writes it")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                if file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+                    raise ValueError(f"{member.filename} has not the size that it states")
 
 
 def _write_cache(path: Path, key: str, packed: Dict[str, PackedSplit]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from termcolor import cprint
 
-from utils.arguments import whole
+from utils.arguments import place, whole
 from utils.errors import UserError
 from utils.nmnist import decoder, unpack_frames
 from utils.nmnist_files import SPLITS, Entry, damage_report, decoded, find_recordings
@@ -103,13 +103,13 @@ def preview(args: argparse.Namespace) -> List[Path]:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description="Draw a recording of N-MNIST.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--path", required=True, default=argparse.SUPPRESS,
+    parser.add_argument("--path", type=place, required=True, default=argparse.SUPPRESS,
                         help="folder of the recordings or of their zips, as for the training script")
     parser.add_argument("--split", choices=SPLITS, default="Train", help="part of the data set")
     parser.add_argument("--index", type=whole(0), default=0, help="place of the recording in the split, by its number")
     parser.add_argument("-t", "--time_step", "--time-step", type=whole(1), default=30, help="time steps T")
     parser.add_argument("--nmnist-binning", choices=BINNINGS, default="paper", help="how events become frames")
-    parser.add_argument("--out", required=True, default=argparse.SUPPRESS, metavar="DIR", help="folder for the PNG and the MP4")
+    parser.add_argument("--out", type=place, required=True, default=argparse.SUPPRESS, metavar="DIR", help="folder for the PNG and the MP4")
     args = parser.parse_args(argv)
     try:
         for path in preview(args):

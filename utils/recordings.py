@@ -16,6 +16,7 @@ CHANNELS = 2 * SIDE * SIDE  # polarity, x, y
 FRAME_BYTES = CHANNELS // 8  # without a remainder: every step starts on a byte
 BIN = 3000                  # µs per step of the published frames
 SACCADE = 105_000           # µs per movement of the camera
+TABLE_BITS = 19             # of times in a sound recording, at most 2^19 µs: only for these is a table worth its memory
 BINNINGS = ("paper", "time", "count")
 OUT_OF_VIEW = "none of its events stays in view"
 
@@ -62,21 +63,27 @@ def stabilised_channels(events: Events) -> Tuple[np.ndarray, np.ndarray]:
     """Each event's channel 0..2311, polarity · 1156 + x · 34 + y with the saccades undone, and whether it stays in view."""
     if len(events.time) == 0:
         return events.time, events.time > 0
-    shift_x, shift_y = _shifts(int(events.time.max()).bit_length())
+    bits = int(events.time.max()).bit_length()
     time = events.time.astype(np.intp)  # or NumPy would convert it for each of the two look-ups
-    x, y = events.x + shift_x[time], events.y + shift_y[time]
+    shift_x, shift_y = _shifts(time) if bits > TABLE_BITS else (table[time] for table in _shift_tables(bits))
+    x, y = events.x + shift_x, events.y + shift_y
     inside = (x.view(np.uint32) < SIDE) & (y.view(np.uint32) < SIDE)  # a negative number is a large one without its sign
     return (events.polarity * SIDE + x) * SIDE + y, inside
 
 
 @lru_cache(maxsize=None)
-def _shifts(bits: int) -> Tuple[np.ndarray, np.ndarray]:
-    """The pixels by which events at each time 0..2^bits − 1 µs are moved in x and y, int16.
+def _shift_tables(bits: int) -> Tuple[np.ndarray, np.ndarray]:
+    """`_shifts` at each time 0..2^bits − 1 µs."""
+    return _shifts(np.arange(1 << bits))
+
+
+def _shifts(t: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """The pixels by which events at times t (µs) are moved in x and y, int16.
 
     The camera moves by 3.5 pixels in x and 7 in y per saccade, and by 7 in x in the third, so positions are multiples of 1/30000
     of a pixel and integers hold them exactly. They are rounded half away from zero, which is half up for the 1..34 that are kept.
     """
-    t, half = np.arange(1 << bits), 15_000
+    half = 15_000
     x = np.where(t <= 2 * SACCADE, -t, 2 * t - 6 * SACCADE)
     y = np.where(t <= SACCADE, -2 * t, np.where(t <= 2 * SACCADE, 2 * t - 4 * SACCADE, 0))
     return ((x + half) // (2 * half)).astype(np.int16), ((y + half) // (2 * half)).astype(np.int16)

@@ -56,7 +56,7 @@ def _earlier_starts(path: Path) -> List[Dict[str, Any]]:
     try:
         last = json.loads(path.read_text())
         return [*last.pop("earlier_starts"), last]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return []  # There is none, or it is no record of ours.
 
 
