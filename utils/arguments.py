@@ -4,6 +4,7 @@ import argparse
 import math
 from typing import Callable, Optional, Sequence
 
+from modules.bptt import SURROGATES
 from modules.solvers import METHODS
 from utils.recipe import Recipe
 
@@ -62,7 +63,12 @@ def _add_network_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_gradient_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("implicit gradient")
+    group = parser.add_argument_group("gradient")
+    group.add_argument("--gradient", choices=("implicit", "bptt"), default="implicit",
+                       help="implicit: of the equilibrium; bptt: back-propagation through all time steps, in memory that grows with them")
+    group.add_argument("--surrogate", choices=tuple(SURROGATES), default="sigmoid",
+                       help="derivative of a spike for bptt, with x = u/V_th − 1: sigmoid 4σ(4x)(1 − σ(4x))/V_th, "
+                            "triangular max(0, 1 − |x|)/V_th")
     group.add_argument("--solver", choices=sorted(METHODS), default="anderson", help="solver of (I − Jᵀ) v = ∂L/∂a")
     group.add_argument("--tol", type=real(above=0), default=1e-3,
                        help="residual, relative to ‖∂L/∂a‖, at which the solver stops; 1e-6 for comparisons of gradients")

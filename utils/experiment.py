@@ -8,6 +8,7 @@ from typing import Optional, Sequence, Tuple
 import torch
 from termcolor import cprint
 
+from modules.bptt import SURROGATES
 from modules.implicit import BackwardSolver
 from modules.network import FeedbackSNN
 from modules.neuron import make_neuron
@@ -72,7 +73,8 @@ def _build(recipe: Recipe, args: Namespace, device: torch.device) -> Tuple[Feedb
     network = recipe.network(classes=recipe.datasets[args.dataset], neuron=make_neuron(args.vth, args.leaky),
                              time_steps=args.time_step, dropout=args.dropout,
                              solver=BackwardSolver(args.solver, args.tol, args.threshold), jacobian_bn=args.jacobian_bn,
-                             bf16_products=set_precision(args.precision))
+                             bf16_products=set_precision(args.precision),
+                             surrogate=SURROGATES[args.surrogate] if args.gradient == "bptt" else None)
     checkpoint = load_checkpoint(Path(args.resume)) if args.resume else None
     if checkpoint:
         restore_network(network, checkpoint, Path(args.resume))

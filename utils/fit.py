@@ -76,6 +76,8 @@ def fit(network: nn.Module, train: Batches, test: Batches, start: Start, log: Lo
 
 def describe(tally: SolveTally) -> str:
     """The epoch's backward solves in words, in yellow where some did not converge."""
+    if not tally.solves:
+        return "back-propagation through time"
     text = (f"solver {tally.mean_iterations:.1f} iterations, {tally.not_converged} of {tally.solves} not converged, "
             f"largest residual {tally.worst_residual:.1e}")
     return colored(text, "yellow") if tally.not_converged else text
