@@ -140,8 +140,8 @@ def test_metadata_and_units(nir, tmp_path):
 
 def test_the_runner_on_a_graph_by_hand(nir):
     """A leaky integrator of an impulse, two steps late, and a convolution counted by hand."""
-    graph = nir.NIRGraph({"input": nir.Input(np.array([1])), "late": nir.Delay(np.array([0.2])),
-                          "leaky": nir.LI(tau=np.array([0.2]), r=np.array([4.0]), v_leak=np.array([0.0])), "output": nir.Output(np.array([1]))},
+    graph = nir.NIRGraph({"input": nir.Input(np.array([1])), "late": nir.Delay(np.array([0.2])), "output": nir.Output(np.array([1])),
+                          "leaky": nir.LI(tau=np.array([0.2]), r=np.array([4.0]), v_leak=np.array([0.0]))},
                          [("input", "late"), ("late", "leaky"), ("leaky", "output")], metadata={"dt": 0.1})
     given = nir_runner.run(graph, np.array([1, 0, 0, 0, 0.0]).reshape(5, 1, 1))["output"]
     np.testing.assert_allclose(given.ravel(), [0, 0, 2, 1, 0.5])
@@ -155,7 +155,8 @@ def test_the_runner_on_a_graph_by_hand(nir):
 
 def test_what_the_runner_refuses(nir):
     def looped(*middle, edges=(), metadata={"dt": 0.1}):
-        nodes = {"input": nir.Input(np.array([1])), **{f"n{i}": node for i, node in enumerate(middle)}, "output": nir.Output(np.array([1]))}
+        ends = {"input": nir.Input(np.array([1])), "output": nir.Output(np.array([1]))}
+        nodes = {**ends, **{f"n{i}": node for i, node in enumerate(middle)}}
         return nir.NIRGraph(nodes, [("input", "n0"), *edges, ("n0", "output")], metadata=metadata)
 
     scale = nir.Scale(np.array([1.0]))

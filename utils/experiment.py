@@ -24,6 +24,7 @@ from utils.plots import plot_firing_rates, plot_log
 from utils.recipe import Recipe
 from utils.run_folder import check_writable, open_run_folder
 from utils.run_record import Used, write_run_record
+from utils.tensorboard import check_tensorboard
 from utils.training import evaluate
 
 
@@ -51,6 +52,8 @@ def run(recipe: Recipe, args: Namespace) -> None:
     start = None if args.evaluate else starting_point(network, args, checkpoint)
     if start or args.firing_rate:
         check_writable(folder)
+    if args.tensorboard:
+        check_tensorboard()
     train, test, used = _load(recipe, args, device)
     title = f"{recipe.description.format(dataset=args.dataset)}, {network.neuron.name}, T = {args.time_step}"
     parameters = sum(parameter.numel() for parameter in network.parameters())

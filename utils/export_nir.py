@@ -3,8 +3,8 @@
     pip install -r requirements-optional.txt
     python -m utils.export_nir --resume checkpoints/mnist/model_best.pth.tar --out model.nir
 
-NIR's own IF and LIF reset a neuron to a fixed potential; the soft reset here is a loop of standard primitives instead, with one Delay of
-a time step dt, before which nothing arrives:
+NIR's own IF and LIF reset a neuron to a fixed potential; the soft reset here is a loop of standard primitives instead, with one Delay
+of a time step dt, before which nothing arrives:
 
     input → current → membrane → spikes → rate → (flatten →) readout → output
                 ↑ reset ← delay ← spikes
@@ -52,7 +52,7 @@ NO_TRANSPOSED = ("with transposed feedback can't be written as NIR, which has no
 def nir_graph(network: FeedbackSNN, dt: float = DT) -> Any:
     """The network in evaluation mode as a nir.NIRGraph; its nodes are those of this file's table, its weights in the network's dtype.
 
-    Raises UserError for a network with hidden layers, which has a transposed feedback, and for neurons that are neither IF nor LIF.
+    Raises UserError for a network with hidden layers or transposed feedback, and for neurons that are neither IF nor LIF.
     """
     nir = import_nir()
     if network.hidden or network.feedback.map.kind == "transposed":
@@ -137,9 +137,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--resume", required=True, metavar="FILE", help="the checkpoint")
     parser.add_argument("--out", required=True, metavar="FILE", help="the HDF5 file to write, by custom *.nir")
     parser.add_argument("--dt", type=real(above=0), default=DT, help=f"seconds of a time step (default: {DT})")
-    for flags, type, text in ((("-t", "--time_step", "--time-step"), whole(1), "time steps T"), (("--vth",), real(above=0), "threshold"),
-                              (("--leaky",), real(), "leak λ")):
-        parser.add_argument(*flags, type=type, help=f"{text} (default: what the checkpoint was trained with)")
+    trained = "(default: what the checkpoint was trained with)"
+    parser.add_argument("-t", "--time_step", "--time-step", type=whole(1), help=f"time steps T {trained}")
+    parser.add_argument("--vth", type=real(above=0), help=f"firing threshold {trained}")
+    parser.add_argument("--leaky", type=real(), help=f"leak λ {trained}")
     args = parser.parse_args(argv)
     try:
         export(args)
