@@ -32,7 +32,7 @@ from utils.datasets import load_fashion_mnist, load_mnist
 from utils.experiment import main as train
 from utils.log import read_log
 
-FIGURE = Path(__file__).parents[1] / "docs/figures/gradients"
+ROWS, FIGURE = FOLDER / "gradients.json", Path(__file__).parents[1] / "docs/figures/gradients"
 GRADIENTS = ("implicit", "bptt")
 BATCH = {"F400": 128, "F64C5": 32}
 RECIPES = {"F400": (fmnist_mlp.RECIPE, ["--train-limit", "10000", "--test-limit", "2000"]),
@@ -70,7 +70,8 @@ def measure_steps(name: str, time_steps: int, args: argparse.Namespace) -> Dict[
     for _ in range(args.turns):
         for gradient, side in sides.items():
             times[gradient].append(side.call("step"))
-    return {gradient: {"step_s": statistics.median(times[gradient]), "peak_mb": side.close()} for gradient, side in sides.items()}
+    return {gradient: {"step_s": statistics.median(times[gradient]), "peak_mb": side.close(), "accuracy": None}
+            for gradient, side in sides.items()}
 
 
 def measure_accuracy(name: str, time_steps: int, gradient: str, args: argparse.Namespace) -> float:
@@ -134,17 +135,25 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--path", default="./data", help="folder of the data sets")
     args = parser.parse_args(argv)
     # All steps are timed before anything is trained here: a new process's peak memory starts from its parent's.
-    rows = [{"network": name, "T": time_steps, **measure_steps(name, time_steps, args)}
-            for name in args.networks for time_steps in args.steps]
+    rows = []
+    for name in args.networks:
+        for time_steps in args.steps:
+            rows.append({"network": name, "T": time_steps, **measure_steps(name, time_steps, args)})
+            write(rows, args.surrogate)
     for row in rows:
-        wanted = args.accuracy_steps if row["network"] == "F400" else args.f64c5_accuracy_steps
-        for gradient in GRADIENTS:
-            row[gradient]["accuracy"] = measure_accuracy(row["network"], row["T"], gradient, args) if row["T"] in wanted else None
-    print(f"\n{table(rows)}\n\n{describe_machine()}, {time.strftime('%Y-%m-%d')}, surrogate {args.surrogate}")
-    stamp = {"machine": describe_machine(), "date": time.strftime("%Y-%m-%d"), "surrogate": args.surrogate}
-    (FOLDER / "gradients.json").write_text(json.dumps([{**row, **stamp} for row in rows], indent=1) + "\n")
+        if row["T"] in (args.accuracy_steps if row["network"] == "F400" else args.f64c5_accuracy_steps):
+            for gradient in GRADIENTS:
+                row[gradient]["accuracy"] = measure_accuracy(row["network"], row["T"], gradient, args)
+                write(rows, args.surrogate)
     plot(rows, FIGURE)
-    print(f"written to {FOLDER}/gradients.json, {FIGURE}.png and {FIGURE}.pdf")
+    print(f"{table(rows)}\n\n{describe_machine()}, {time.strftime('%Y-%m-%d')}, surrogate {args.surrogate}\n"
+          f"written to {ROWS}, {FIGURE}.png and {FIGURE}.pdf")
+
+
+def write(rows: Sequence[Dict[str, Any]], surrogate: str) -> None:
+    """The rows measured so far, so that a run that is stopped leaves them."""
+    stamp = {"machine": describe_machine(), "date": time.strftime("%Y-%m-%d"), "surrogate": surrogate}
+    ROWS.write_text(json.dumps([{**row, **stamp} for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":
