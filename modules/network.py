@@ -26,7 +26,7 @@ class FeedbackSNN(nn.Module):
     that rate carries the implicit gradient of its equilibrium, solved by `solver`; `jacobian_bn` says whether the batch norms of
     hidden connections stand in J as they do in f ("train") or on their running statistics ("eval"). `bf16_products` rounds the
     factors of convolutions and matrix products to bfloat16; membrane potentials, rates, batch norms and the solve stay in float32.
-    With a `surrogate` (modules/bptt.py) the gradient is that of back-propagation through time instead; the forward values are the same.
+    With a `surrogate` (modules/bptt.py) the gradient is that of back-propagation through time instead, of the same forward values.
     """
 
     def __init__(self, input_shape: Sequence[int], input: Connection, hidden: Sequence[Connection], feedback: Feedback,
@@ -116,7 +116,7 @@ class FeedbackSNN(nn.Module):
 
     def _unroll(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor, masks: Masks,
                 observe: Optional[Observer]) -> Tensor:
-        """The same rate with the gradient of back-propagation through time; running statistics advance as the implicit gradient's do."""
+        """The same rate with the gradient of back-propagation through time; running statistics advance as they do without."""
         loop, source = self._loop(x, mean_input, current, weight, masks)
         rate = unroll(loop, source, self.time_steps, self.surrogate, observe)
         if self.hidden:

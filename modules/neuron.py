@@ -7,6 +7,9 @@ from torch import Tensor
 
 from modules import native
 
+# Spikes from membrane potentials and the threshold.
+Fire = Callable[[Tensor, float], Tensor]
+
 
 class Neuron(NamedTuple):
     """The constants of a spiking neuron: firing `threshold` V_th > 0 and `leak` λ.
@@ -27,7 +30,7 @@ class Neuron(NamedTuple):
         """Whether the C and Triton kernels compute this neuron; a subclass runs in PyTorch."""
         return type(self) is Neuron
 
-    def step(self, current: Tensor, state: "NeuronState", fire: "Fire") -> "NeuronState":
+    def step(self, current: Tensor, state: "NeuronState", fire: Fire) -> "NeuronState":
         """The state one time step later; `fire` gives the spikes, by which back-propagation through time brings its surrogate."""
         return neuron_step(current, state, self, fire)
 
@@ -53,9 +56,6 @@ def make_neuron(threshold: float, leak: float) -> Neuron:
 def resting_state(current: Tensor) -> NeuronState:
     """u(0⁻) = 0 and s(−1) = 0, of the shape, dtype and memory layout of `current`."""
     return NeuronState(torch.zeros_like(current), torch.zeros_like(current))
-
-
-Fire = Callable[[Tensor, float], Tensor]
 
 
 def reached(potential: Tensor, threshold: float) -> Tensor:
