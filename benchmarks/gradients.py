@@ -106,14 +106,18 @@ def plot(rows: Sequence[Dict[str, Any]], path: Path) -> None:
         for axis, (key, label) in zip(own_axes, labels.items()):
             for gradient, color, marker in zip(GRADIENTS, ("#0072B2", "#D55E00"), "os"):
                 points = [(row["T"], row[gradient][key]) for row in own if row[gradient][key] is not None]
-                axis.plot(*zip(*points) if points else ([], []), color=color, marker=marker, markersize=4,
+                axis.plot(*(zip(*points) if points else ([], [])), color=color, marker=marker, markersize=4,
                           label={"implicit": "implicit", "bptt": "BPTT"}[gradient])
             axis.set_xticks([row["T"] for row in own])
             axis.set_ylabel(label, fontsize=8)
             axis.tick_params(labelsize=7)
             axis.grid(alpha=0.3)
+            axis.set_xlim(0, 1.06 * max(row["T"] for row in own))
             if key != "accuracy":
-                axis.set_ylim(0, None)
+                axis.set_ylim(0, 1.08 * max(value for _, value in axis.dataLim.get_points()))
+            elif len(axis.lines[0].get_xdata()):
+                low, high = axis.get_ylim()
+                axis.set_ylim(min(low, high - 4) - 1, high + 1)  # A difference of tenths is one run's luck.
         own_axes[1].set_title(name, fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("time steps T", fontsize=8)
