@@ -9,7 +9,7 @@ NMNIST ?= ./data/NMNIST
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data fashion-mnist run run-full test test-experiments fuzz bench bench-gpu bench-bptt clean
+.PHONY: help setup data fashion-mnist run run-full checkpoints test test-experiments fuzz bench bench-gpu bench-bptt bench-gradients clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,6 +29,10 @@ run: fashion-mnist  ## train F400 on Fashion-MNIST for a few minutes, evaluate i
 	@$(PY) fmnist_mlp.py --epochs $(EPOCHS) --schedule $(MILESTONES) -c $(FOLDER)
 	@$(PY) fmnist_mlp.py --resume $(FOLDER)/model_best.pth.tar --evaluate --firing-rate -c $(FOLDER)
 	@echo "Plots of the training: $(FOLDER)/log.png and $(FOLDER)/log.pdf. All 100 epochs: make run-full"
+
+checkpoints: .venv/ready  ## train a small F400 and F64C5 to try evaluation, rates and export on (a few minutes)
+	@$(PY) fmnist_mlp.py --epochs 4 --schedule 3 -c checkpoints/small_f400
+	@$(PY) mnist_conv.py --epochs 3 --schedule 2 -t 15 --train-limit 5000 --test-limit 1000 -c checkpoints/small_f64c5
 
 run-full: fashion-mnist  ## the paper's recipe: F400 on Fashion-MNIST, 100 epochs
 	@$(PY) fmnist_mlp.py -c checkpoints/fmnist_f400 --firing-rate
@@ -51,6 +55,9 @@ bench-gpu: data  ## the same on a GPU
 
 bench-bptt: data  ## F64C5 here against BPTT in SpikingJelly and snnTorch (pip install -r requirements-bench.txt)
 	@$(PY) -m benchmarks.bptt
+
+bench-gradients: data  ## the implicit gradient against back-propagation through time: time, memory and accuracy over T
+	@$(PY) -m benchmarks.gradients
 
 clean:  ## remove the virtual environment and caches, but no data and no checkpoints
 	rm -rf .venv .pytest_cache .hypothesis

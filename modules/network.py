@@ -1,16 +1,17 @@
 """The feedback spiking network: one class that simulates T time steps and evaluates its equilibrium map."""
 
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from modules.bptt import unroll
 from modules.connection import Connection, dropout_mask, masked
 from modules.feedback import Feedback
 from modules.graphed import GraphedSimulations
 from modules.implicit import BackwardSolver, attach_gradient
 from modules.jacobian import Link, TransposedJacobian
-from modules.neuron import Neuron, equilibrium_rate, rate_weights
+from modules.neuron import Fire, Neuron, rate_weights
 from modules.simulation import EventInput, Loop, Masks, Observer, StaticInput, Synapses, simulate
 
 
@@ -25,18 +26,20 @@ class FeedbackSNN(nn.Module):
     that rate carries the implicit gradient of its equilibrium, solved by `solver`; `jacobian_bn` says whether the batch norms of
     hidden connections stand in J as they do in f ("train") or on their running statistics ("eval"). `bf16_products` rounds the
     factors of convolutions and matrix products to bfloat16; membrane potentials, rates, batch norms and the solve stay in float32.
+    With a `surrogate` (modules/bptt.py) the gradient is that of back-propagation through time instead, of the same forward values.
     """
 
     def __init__(self, input_shape: Sequence[int], input: Connection, hidden: Sequence[Connection], feedback: Feedback,
                  classes: int, neuron: Neuron, time_steps: int, dropout: float = 0.0, events: bool = False,
-                 solver: Optional[BackwardSolver] = None, jacobian_bn: str = "train", bf16_products: bool = False):
+                 solver: Optional[BackwardSolver] = None, jacobian_bn: str = "train", bf16_products: bool = False,
+                 surrogate: Optional[Fire] = None):
         super().__init__()
         self.input, self.hidden, self.feedback = input, nn.ModuleList(hidden), feedback
         self.neuron, self.time_steps, self.dropout, self.events = neuron, time_steps, dropout, events
         self.solver = solver or BackwardSolver()
         if jacobian_bn not in ("train", "eval"):
             raise ValueError(f"jacobian_bn is train or eval, not {jacobian_bn!r}")
-        self.jacobian_bn, self.bf16_products = jacobian_bn, bf16_products
+        self.jacobian_bn, self.bf16_products, self.surrogate = jacobian_bn, bf16_products, surrogate
         self._graphed = GraphedSimulations()
         self.input_shape = tuple(input_shape)
         self.layer_shapes = [self.input.output_shape(self.input_shape)]
@@ -59,9 +62,12 @@ class FeedbackSNN(nn.Module):
     def _logits(self, x: Tensor, mean_input: Tensor, weight: Tensor, observe: Optional[Observer]) -> Tensor:
         masks = self._draw_masks(x)
         current = self.input(mean_input, masks.input)
-        rate = self._simulate(x, mean_input, current.detach(), weight.detach(), masks, observe)
-        if torch.is_grad_enabled():
-            rate = self._with_gradient(rate, current, weight, masks)
+        if self.surrogate and torch.is_grad_enabled():
+            rate = self._unroll(x, mean_input, current, weight, masks, observe)
+        else:
+            rate = self._simulate(x, mean_input, current.detach(), weight.detach(), masks, observe)
+            if torch.is_grad_enabled():
+                rate = self._with_gradient(rate, current, weight, masks)
         return self.readout(rate.flatten(1)).to(rate.dtype)
 
     def equilibrium_map(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> Tensor:
@@ -72,9 +78,9 @@ class FeedbackSNN(nn.Module):
         `rate` is (batch, *last layer's shape), `current` = F x̄ (batch, *first layer's shape) and `weight` the normalised
         feedback. Batch norms follow the module's mode.
         """
-        rate, _ = equilibrium_rate(current + self.feedback(rate, weight, masks.feedback), self.neuron)
+        rate, _ = self.neuron.equilibrium(current + self.feedback(rate, weight, masks.feedback))
         for connection, mask in zip(self.hidden, masks.hidden or [None] * len(self.hidden)):
-            rate, _ = equilibrium_rate(connection(rate, mask), self.neuron)
+            rate, _ = self.neuron.equilibrium(connection(rate, mask))
         return rate
 
     def _with_gradient(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks) -> Tensor:
@@ -83,7 +89,7 @@ class FeedbackSNN(nn.Module):
             mapped = self.equilibrium_map(rate, current, weight, masks)
             return attach_gradient(rate, mapped, self._jacobian(mapped, current, weight, masks), self.solver)
         # The one evaluation of f, at the rate, gives the value and the slope.
-        mapped, slope = equilibrium_rate(current + self.feedback(rate, weight, masks.feedback), self.neuron)
+        mapped, slope = self.neuron.equilibrium(current + self.feedback(rate, weight, masks.feedback))
         link = Link(self.feedback.map, weight.detach(), rate.shape[1:], masked(slope, masks.feedback))
         return attach_gradient(rate, mapped, TransposedJacobian([link]), self.solver)
 
@@ -91,11 +97,11 @@ class FeedbackSNN(nn.Module):
     def _jacobian(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks) -> TransposedJacobian:
         """Jᵀ of f at `rate`; the batch norms of hidden connections as in f, or on running statistics for jacobian_bn "eval"."""
         training = self.training and self.jacobian_bn == "train"
-        layer_rate, slope = equilibrium_rate(current + self.feedback(rate, weight, masks.feedback), self.neuron)
+        layer_rate, slope = self.neuron.equilibrium(current + self.feedback(rate, weight, masks.feedback))
         links = [Link(self.feedback.map, weight, rate.shape[1:], masked(slope, masks.feedback))]
         for connection, mask in zip(self.hidden, masks.hidden):
             drive, link = connection.linearised(layer_rate, training)
-            layer_rate, slope = equilibrium_rate(masked(drive, mask), self.neuron)
+            layer_rate, slope = self.neuron.equilibrium(masked(drive, mask))
             links.append(link._replace(gain=masked(slope, mask)))
         return TransposedJacobian(links)
 
@@ -103,16 +109,31 @@ class FeedbackSNN(nn.Module):
     def _simulate(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor, masks: Masks,
                   observe: Optional[Observer]) -> Tensor:
         """Firing rate of the last layer after T steps; `observe(t, spikes)` sees every layer's spikes at every step."""
+        loop, source = self._loop(x, mean_input, current, weight, masks)
+        if weight.is_cuda and observe is None:
+            return self._graphed(loop, source, self.time_steps)
+        return simulate(loop, source, self.time_steps, observe)
+
+    def _unroll(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor, masks: Masks,
+                observe: Optional[Observer]) -> Tensor:
+        """The same rate with the gradient of back-propagation through time; running statistics advance as they do without."""
+        loop, source = self._loop(x, mean_input, current, weight, masks)
+        rate = unroll(loop, source, self.time_steps, self.surrogate, observe)
+        if self.hidden:
+            with torch.no_grad():
+                self.equilibrium_map(rate, current, weight, masks)
+        return rate
+
+    def _loop(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor,
+              masks: Masks) -> Tuple[Loop, "StaticInput | EventInput"]:
+        """What the simulation takes, its connections frozen for this pass."""
         source = StaticInput(current)
         if self.events:
             frozen = self.input.frozen(self.input_shape, statistics_of=mean_input if self.training else None)
             source = EventInput(x, frozen, masks.input)
         hidden = [connection.frozen(shape) for connection, shape in zip(self.hidden, self.layer_shapes)]
         feedback = Synapses(self.feedback.map, weight, None, self.layer_shapes[-1])
-        loop = Loop(self.neuron, self.layer_shapes, hidden, feedback, masks)
-        if weight.is_cuda and observe is None:
-            return self._graphed(loop, source, self.time_steps)
-        return simulate(loop, source, self.time_steps, observe)
+        return Loop(self.neuron, self.layer_shapes, hidden, feedback, masks), source
 
     def _mean_input(self, x: Tensor) -> Tensor:
         """x̄: the input itself if static, else its mean over time with the weights of the firing rate."""

@@ -1,17 +1,21 @@
 """Integrate-and-fire neurons, with and without leak, as pure functions of (current, state)."""
 
-from typing import NamedTuple, Tuple
+from typing import Callable, NamedTuple, Tuple
 
 import torch
 from torch import Tensor
 
 from modules import native
 
+# Spikes from membrane potentials and the threshold.
+Fire = Callable[[Tensor, float], Tensor]
+
 
 class Neuron(NamedTuple):
     """The constants of a spiking neuron: firing `threshold` V_th > 0 and `leak` λ.
 
-    0 < λ < 1 is the leaky model (LIF); λ = 1 is the integrate-and-fire model without leak (IF).
+    0 < λ < 1 is the leaky model (LIF); λ = 1 is the integrate-and-fire model without leak (IF). Another neuron is a subclass with its
+    own `step` and `equilibrium`, whose `leak` weighs the firing rate over time; docs/extending.md shows one.
     """
 
     threshold: float
@@ -20,6 +24,19 @@ class Neuron(NamedTuple):
     @property
     def name(self) -> str:
         return "IF" if self.leak == 1.0 else f"LIF {self.leak:g}"
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the C and Triton kernels compute this neuron; a subclass runs in PyTorch."""
+        return type(self) is Neuron
+
+    def step(self, current: Tensor, state: "NeuronState", fire: Fire) -> "NeuronState":
+        """The state one time step later; `fire` gives the spikes, by which back-propagation through time brings its surrogate."""
+        return neuron_step(current, state, self, fire)
+
+    def equilibrium(self, drive: Tensor) -> Tuple[Tensor, Tensor]:
+        """The rate that the neuron settles at under a constant current, differentiable, and its slope in the current, which is not."""
+        return equilibrium_rate(drive, self)
 
 
 class NeuronState(NamedTuple):
@@ -41,19 +58,24 @@ def resting_state(current: Tensor) -> NeuronState:
     return NeuronState(torch.zeros_like(current), torch.zeros_like(current))
 
 
-def neuron_step(current: Tensor, state: NeuronState, neuron: Neuron) -> NeuronState:
+def reached(potential: Tensor, threshold: float) -> Tensor:
+    """1 where the potential is at or above the threshold, else 0, without a gradient."""
+    # A comparison written straight to floats is several times faster on a CPU than a boolean tensor and its conversion.
+    return torch.ge(potential, threshold, out=torch.empty_like(potential))
+
+
+def neuron_step(current: Tensor, state: NeuronState, neuron: Neuron, fire: Fire = reached) -> NeuronState:
     """One time step: soft reset, then leak, then the new current; a spike where the threshold is reached.
 
         u(t) = λ (u(t−1) − V_th s(t−1)) + I(t),    s(t) = 1 if u(t) ≥ V_th else 0
 
-    `current` and the state's tensors have the layer's shape (batch, …).
+    `current` and the state's tensors have the layer's shape (batch, …). `fire(u, V_th)` gives the spikes.
     """
     potential = torch.sub(state.potential, state.spikes, alpha=neuron.threshold)
     if neuron.leak != 1.0:
         potential.mul_(neuron.leak)
     potential.add_(current)
-    # A comparison written straight to floats is several times faster on a CPU than a boolean tensor and its conversion.
-    return NeuronState(potential, torch.ge(potential, neuron.threshold, out=torch.empty_like(potential)))
+    return NeuronState(potential, fire(potential, neuron.threshold))
 
 
 class _Saturate(torch.autograd.Function):

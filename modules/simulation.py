@@ -8,7 +8,7 @@ from torch import Tensor
 from modules import native, triton_neuron
 from modules.event_driven import EventMap, event_map, kernel_layout
 from modules.linear_map import LinearMap
-from modules.neuron import Neuron, NeuronState, neuron_step, rate_normaliser, resting_state
+from modules.neuron import Neuron, NeuronState, rate_normaliser, reached, resting_state
 
 Observer = Callable[[int, List[Tensor]], None]
 
@@ -30,13 +30,13 @@ class Masks(NamedTuple):
 class Synapses:
     """A fixed affine map from spikes (batch, *input_shape) to current, W s + b, for use at every time step.
 
-    On a CPU it can touch only what spiked; `native` says whether the C kernels serve its dtype and device.
+    On a CPU it can touch only what spiked; `native` says whether the C kernels, which know no gradient, serve its weight.
     """
 
     def __init__(self, map: LinearMap, weight: Tensor, bias: Optional[Tensor], input_shape: Sequence[int]):
         self.map, self.bias, self.input_shape = map, bias, input_shape
         self.weight = kernel_layout(weight) if weight.is_cuda else weight
-        self.native = native.serves(weight)
+        self.native = native.serves(weight) and not weight.requires_grad
         self._events: Optional[EventMap] = None
 
     def __call__(self, spikes: Tensor) -> Tensor:
@@ -60,7 +60,8 @@ class SpikingLayer:
 
     def __init__(self, shape: Sequence[int], like: Tensor, neuron: Neuron, with_rate: bool = False):
         self.neuron, self.steps, self.fired = neuron, 0, 0.0
-        self.native, self.triton = native.serves(like), triton_neuron.serves(like)
+        self.native = neuron.has_kernels and native.serves(like)
+        self.triton = neuron.has_kernels and triton_neuron.serves(like)
         layout = torch.channels_last if (self.native or self.triton) and len(shape) == 4 else torch.contiguous_format
         empty = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
         self.potential, self.spikes = resting_state(empty)
@@ -82,7 +83,7 @@ class SpikingLayer:
             # The membrane is float32 also where the products are not.
             synaptic = synaptic.to(self.potential.dtype) if mask is None else synaptic.to(self.potential.dtype) * mask
             current = synaptic if current is None else current + synaptic
-        self.potential, self.spikes = neuron_step(current, NeuronState(self.potential, self.spikes), self.neuron)
+        self.potential, self.spikes = self.neuron.step(current, NeuronState(self.potential, self.spikes), reached)
         if self.total is not None:
             self.total.mul_(self.neuron.leak).add_(self.spikes)
 
@@ -172,7 +173,7 @@ def simulate(loop: Loop, input: "StaticInput | EventInput", time_steps: int, obs
 
 def _simulate_layer(loop: Loop, input: StaticInput, time_steps: int) -> Optional[Tensor]:
     """The same for one layer and a static input, all steps in one call of a C kernel; None where it can't serve or would be slower."""
-    events = loop.feedback.event_driven(0.0)
+    events = loop.feedback.event_driven(0.0) if loop.neuron.has_kernels else None
     if events is None:
         return None
     mask = None if loop.masks.feedback is None else kernel_layout(loop.masks.feedback)

@@ -5,6 +5,7 @@ import math
 import os
 from typing import Callable, Optional, Sequence
 
+from modules.bptt import SURROGATES
 from modules.solvers import METHODS
 from utils.recipe import Recipe
 
@@ -66,7 +67,12 @@ def _add_network_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_gradient_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("implicit gradient")
+    group = parser.add_argument_group("gradient")
+    group.add_argument("--gradient", choices=("implicit", "bptt"), default="implicit",
+                       help="implicit: of the equilibrium; bptt: back-propagation through time, in memory that grows with the steps")
+    group.add_argument("--surrogate", choices=tuple(SURROGATES), default="sigmoid",
+                       help="derivative of a spike for bptt, with x = u/V_th − 1: sigmoid 4σ(4x)(1 − σ(4x))/V_th, "
+                            "triangular max(0, 1 − |x|)/V_th")
     group.add_argument("--solver", choices=sorted(METHODS), default="anderson", help="solver of (I − Jᵀ) v = ∂L/∂a")
     group.add_argument("--tol", type=real(above=0), default=1e-3,
                        help="residual, relative to ‖∂L/∂a‖, at which the solver stops; 1e-6 for comparisons of gradients")
@@ -99,6 +105,8 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-e", "--evaluate", action="store_true", help="evaluate the --resume checkpoint on the test set and stop")
     group.add_argument("--firing-rate", action="store_true",
                        help="firing rates per layer at the end, or with --evaluate: a table, and a bar chart in DIR")
+    group.add_argument("--tensorboard", action="store_true",
+                       help="every epoch's losses, accuracies, learning rate and solver also as TensorBoard scalars in DIR/tensorboard")
     group.add_argument("--manualSeed", "--seed", type=whole(0, 2**63 - 1), default=None, help="random seed (default: drawn, and printed)")
     group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
     group.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",

@@ -8,6 +8,7 @@ from typing import Optional, Sequence, Tuple
 import torch
 from termcolor import cprint
 
+from modules.bptt import SURROGATES
 from modules.implicit import BackwardSolver
 from modules.network import FeedbackSNN
 from modules.neuron import make_neuron
@@ -23,6 +24,7 @@ from utils.plots import plot_firing_rates, plot_log
 from utils.recipe import Recipe
 from utils.run_folder import check_writable, open_run_folder
 from utils.run_record import Used, write_run_record
+from utils.tensorboard import check_tensorboard
 from utils.training import evaluate
 
 
@@ -50,6 +52,8 @@ def run(recipe: Recipe, args: Namespace) -> None:
     start = None if args.evaluate else starting_point(network, args, checkpoint)
     if start or args.firing_rate:
         check_writable(folder)
+    if args.tensorboard:
+        check_tensorboard()
     train, test, used = _load(recipe, args, device)
     title = f"{recipe.description.format(dataset=args.dataset)}, {network.neuron.name}, T = {args.time_step}"
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -72,7 +76,8 @@ def _build(recipe: Recipe, args: Namespace, device: torch.device) -> Tuple[Feedb
     network = recipe.network(classes=recipe.datasets[args.dataset], neuron=make_neuron(args.vth, args.leaky),
                              time_steps=args.time_step, dropout=args.dropout,
                              solver=BackwardSolver(args.solver, args.tol, args.threshold), jacobian_bn=args.jacobian_bn,
-                             bf16_products=set_precision(args.precision))
+                             bf16_products=set_precision(args.precision),
+                             surrogate=SURROGATES[args.surrogate] if args.gradient == "bptt" else None)
     checkpoint = load_checkpoint(Path(args.resume)) if args.resume else None
     if checkpoint:
         restore_network(network, checkpoint, Path(args.resume))

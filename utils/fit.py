@@ -16,6 +16,7 @@ from utils.checkpoint import (BEST, LATEST, Checkpoint, random_state, restore_op
 from utils.errors import UserError
 from utils.log import Log
 from utils.schedule import learning_rate
+from utils.tensorboard import Scalars
 from utils.training import evaluate, make_optimizer, train_one_epoch
 
 
@@ -49,6 +50,7 @@ def starting_point(network: nn.Module, args: Namespace, checkpoint: Optional[Che
 def fit(network: nn.Module, train: Batches, test: Batches, start: Start, log: Log, args: Namespace) -> None:
     """Run the epochs that are left; after each, the checkpoint and the log beside it are whole."""
     folder, best = Path(args.checkpoint), start.best
+    scalars = Scalars(folder, keep=start.epoch) if args.tensorboard else None
     restore_random_state(start.random_state)
     for epoch in range(start.epoch, args.epochs):
         began = time.perf_counter()
@@ -71,11 +73,17 @@ def fit(network: nn.Module, train: Batches, test: Batches, start: Start, log: Lo
         if is_best:
             save_checkpoint(state, folder / BEST)
         log.append([last_rate, training.loss, testing.loss, training.top1, testing.top1])
+        if scalars:
+            scalars.add(epoch + 1, {"learning rate": last_rate, "loss/training": training.loss, "loss/test": testing.loss,
+                                    "accuracy/training": training.top1, "accuracy/test": testing.top1,
+                                    "solver/iterations": tally.mean_iterations, "solver/not converged": tally.not_converged})
     print(f"best test accuracy over epochs: {best:.2f} %")
 
 
 def describe(tally: SolveTally) -> str:
     """The epoch's backward solves in words, in yellow where some did not converge."""
+    if not tally.solves:
+        return "back-propagation through time"
     text = (f"solver {tally.mean_iterations:.1f} iterations, {tally.not_converged} of {tally.solves} not converged, "
             f"largest residual {tally.worst_residual:.1e}")
     return colored(text, "yellow") if tally.not_converged else text
