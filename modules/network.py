@@ -25,6 +25,8 @@ class FeedbackSNN(nn.Module):
     that rate carries the implicit gradient of its equilibrium, solved by `solver`; `jacobian_bn` says whether the batch norms of
     hidden connections stand in J as they do in f ("train") or on their running statistics ("eval"). `bf16_products` rounds the
     factors of convolutions and matrix products to bfloat16; membrane potentials, rates, batch norms and the solve stay in float32.
+    While `measures_residual` is set, each pass with a gradient leaves its rate's distance from equilibrium in `residual`: a tensor (),
+    ‖f(a) − a‖ / ‖a‖ over the batch, on the network's device.
     """
 
     def __init__(self, input_shape: Sequence[int], input: Connection, hidden: Sequence[Connection], feedback: Feedback,
@@ -38,6 +40,7 @@ class FeedbackSNN(nn.Module):
             raise ValueError(f"jacobian_bn is train or eval, not {jacobian_bn!r}")
         self.jacobian_bn, self.bf16_products = jacobian_bn, bf16_products
         self._graphed = GraphedSimulations()
+        self.measures_residual, self.residual = False, None
         self.input_shape = tuple(input_shape)
         self.layer_shapes = [self.input.output_shape(self.input_shape)]
         for connection in self.hidden:
@@ -81,11 +84,19 @@ class FeedbackSNN(nn.Module):
         """`rate` with the implicit gradient; J is taken at the rate for one layer, at f(rate) with hidden layers."""
         if self.hidden:
             mapped = self.equilibrium_map(rate, current, weight, masks)
+            self._measure(rate, mapped)
             return attach_gradient(rate, mapped, self._jacobian(mapped, current, weight, masks), self.solver)
         # The one evaluation of f, at the rate, gives the value and the slope.
         mapped, slope = equilibrium_rate(current + self.feedback(rate, weight, masks.feedback), self.neuron)
+        self._measure(rate, mapped)
         link = Link(self.feedback.map, weight.detach(), rate.shape[1:], masked(slope, masks.feedback))
         return attach_gradient(rate, mapped, TransposedJacobian([link]), self.solver)
+
+    @torch.no_grad()
+    def _measure(self, rate: Tensor, mapped: Tensor) -> None:
+        if self.measures_residual:
+            norm = torch.linalg.vector_norm(rate)
+            self.residual = torch.linalg.vector_norm(mapped - rate) / torch.where(norm > 0, norm, torch.ones_like(norm))
 
     @torch.no_grad()
     def _jacobian(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks) -> TransposedJacobian:
