@@ -25,7 +25,7 @@ from utils.recipe import Recipe
 from utils.run_files import RunFiles
 from utils.run_folder import check_writable, open_run_folder
 from utils.run_record import Used, write_run_record
-from utils.run_state import RunState, starting_point
+from utils.run_state import RunState, announce, starting_point
 from utils.training import evaluate
 
 
@@ -73,7 +73,9 @@ def run(recipe: Recipe, args: Namespace, interruption: Interruption) -> None:
         _finish(state, folder, source)
     elif state:
         train_batches = Batches(train, args.train_batch, shuffled=True)
-        state.fit_to(train_batches)
+        if checkpoint:
+            announce(state, checkpoint, source)
+            state.go_on_with(train_batches)
         continued = source is not None and source.resolve().parent == folder.resolve()
         with failing_clearly(folder, "Make room or choose another -c"):
             open_run_folder(folder, continued)

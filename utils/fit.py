@@ -14,7 +14,7 @@ from utils.interruption import Interrupted, Interruption
 from utils.run_files import RunFiles
 from utils.run_state import RunState
 from utils.schedule import learning_rate
-from utils.training import LossNotFinite, evaluate, train_one_epoch
+from utils.training import NotFinite, evaluate, train_one_epoch
 
 # Shares and sizes above which an epoch's numbers deserve a warning; the README tells why these.
 MOST_UNCONVERGED, LARGEST_MEAN_RESIDUAL = 0.1, 0.5
@@ -32,9 +32,9 @@ def fit(run: RunState, train: Batches, test: Batches, files: RunFiles, args: Nam
             interrupted.kept = (f" {run.place.capitalize()}, saved in {files.folder / LATEST}; to go on, give the same command "
                                 f"with --resume auto -c {files.folder}")
             raise
-        except LossNotFinite as error:
+        except NotFinite as error:
             kept = f"{files.folder / LATEST} is kept" if (files.folder / LATEST).exists() else "no checkpoint was written before"
-            raise RunFailed(f"the loss is {error.loss} in epoch {run.epoch + 1}, iteration {error.iteration + 1}; {kept}. Lower --lr, "
+            raise RunFailed(f"{error.what} in epoch {run.epoch + 1}, iteration {error.iteration + 1}; {kept}. Lower --lr, "
                             "look at the data, or leave such batches out with --on-nan skip") from error
     print(f"best test accuracy over epochs: {run.best:.2f} %")
 
@@ -78,5 +78,5 @@ def _warn(state: EpochState) -> None:
         cprint(f"warning: firing rates are {state.mean_residual:.2f} of their size away from the equilibrium that the gradient is "
                "that of; raise --time_step", "yellow", flush=True)
     if state.skipped:
-        cprint(f"warning: {state.skipped} batches were skipped, as their loss was not finite", "yellow", flush=True)
+        cprint(f"warning: {state.skipped} batches were skipped, as their loss or currents were not finite", "yellow", flush=True)
 

@@ -51,8 +51,8 @@ class RunState:
     def start_at(self, epoch: int) -> None:
         self.epoch, self.partial, self.rows = epoch, EpochState(), self.rows[:epoch]
 
-    def fit_to(self, batches: Batches) -> None:
-        """Begin the epoch anew where its batches are no longer those that were counted."""
+    def go_on_with(self, batches: Batches) -> None:
+        """Begin the epoch anew where `batches` are no longer those that were counted."""
         if self.partial.iteration and self.partial.shape != batches.shape:
             cprint(f"warning: other samples or another --train-batch than in the checkpoint: epoch {self.epoch + 1} begins anew", "yellow")
             self.partial = EpochState()
@@ -95,10 +95,6 @@ def starting_point(network: nn.Module, args: Namespace, checkpoint: Optional[Che
     state = RunState(network, args)
     if checkpoint:
         state.restore(checkpoint, source)
-        print(f"Going on from {source}, {state.place}.")
-        changed = differences(checkpoint, args)
-        if changed:
-            cprint(f"warning: not as in the checkpoint: {'; '.join(changed)}", "yellow", flush=True)
     # Whoever gives the same command again and again wants --start-epoch once.
     if args.start_epoch is not None and not (checkpoint and args.resume == "auto"):
         state.start_at(args.start_epoch)
@@ -107,8 +103,16 @@ def starting_point(network: nn.Module, args: Namespace, checkpoint: Optional[Che
     return state
 
 
+def announce(state: RunState, checkpoint: Checkpoint, source: Path) -> None:
+    """Say where the run goes on, and what is other than when the checkpoint was written."""
+    print(f"Going on from {source}, {state.place}.", flush=True)
+    changed = differences(checkpoint, state.args)
+    if changed:
+        cprint(f"warning: not as in the checkpoint: {'; '.join(changed)}", "yellow", flush=True)
+
+
 def differences(checkpoint: Checkpoint, args: Namespace) -> List[str]:
-    """What is other than when the checkpoint was written and can change the result, one entry per flag or version."""
+    """The flags and versions that are other than when the checkpoint was written and can change the result, then and now."""
     now, then = vars(args), checkpoint.arguments
     changed = [f"--{name.replace('_', '-')} was {_shown(then[name])}, is now {_shown(now[name])}" for name in now
                if name in then and name not in NOT_OF_THE_RESULT and then[name] != now[name]]

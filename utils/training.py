@@ -2,12 +2,12 @@
 
 import math
 from argparse import Namespace
-from typing import Callable, Optional
+from typing import Callable, List, Optional
 
 import torch
 import torch.nn.functional as F
 from progress.bar import Bar
-from torch import nn
+from torch import Tensor, nn
 
 from modules.network import Observer
 from modules.solvers import Reading
@@ -28,12 +28,13 @@ def make_optimizer(network: nn.Module, args: Namespace) -> torch.optim.Optimizer
     return torch.optim.SGD(network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
 
 
-class LossNotFinite(ArithmeticError):
-    """The loss of the epoch's `iteration` (from 0) is infinite or not a number; the update was not made."""
+class NotFinite(ArithmeticError):
+    """In the epoch's `iteration` (from 0) the loss, or a current in the network, was infinite or not a number: no update was made."""
 
     def __init__(self, iteration: int, loss: float):
-        super().__init__(f"loss {loss} in iteration {iteration}")
-        self.iteration, self.loss = iteration, loss
+        self.iteration = iteration
+        self.what = f"the network's currents are not finite (while the loss, {loss:.4f}, is)" if math.isfinite(loss) else f"the loss is {loss}"
+        super().__init__(f"{self.what} in iteration {iteration}")
 
 
 def nothing() -> None:
@@ -45,8 +46,8 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
                     on_nan: str = "stop") -> Averages:
     """Train on every batch once; `learning_rate` gives the rate of the epoch's i-th iteration.
 
-    It goes on from `state`, which is up to date whenever `after_iteration` is called. Where the loss is not finite, it raises
-    LossNotFinite, or for `on_nan` "skip" leaves the network and the metrics as they were before the batch and counts it.
+    It goes on from `state`, which is up to date whenever `after_iteration` is called. Where the loss or a current is not finite, it
+    raises NotFinite, or for `on_nan` "skip" leaves the network and the metrics as they were before the batch and counts it.
     """
     state = EpochState() if state is None else state
     if state.order_state is None:
@@ -56,36 +57,43 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
         remaining = batches.after(state.iteration, state.order_state)
     network.train()
     network.solver.tally = state.tally
+    # A neuron whose potential is not a number never spikes, so the loss can look healthy; the batch norms' statistics and the
+    # feedback's singular vectors, which every pass renews, show it.
+    statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
     with _bar("training", len(batches)) as bar:
         for x, labels in remaining:
             iteration = state.iteration
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(iteration)
-            buffers = [buffer.clone() for buffer in network.buffers()] if on_nan == "skip" else []
+            before = [buffer.clone() for buffer in network.buffers()] if on_nan == "skip" else []
             network.measures_residual = iteration % ITERATIONS_PER_RESIDUAL == 0
             logits = network(x)
             loss = F.cross_entropy(logits, labels)
-            reading = Reading(loss.detach())
+            reading = Reading(loss.detach() + _largest(statistics))
             optimizer.zero_grad()
             loss.backward()
             # The solve in there has read values that a GPU computes after the loss, so this waits for nothing.
-            value = reading.value()
-            if math.isfinite(value):
+            if math.isfinite(reading.value()):
                 optimizer.step()
                 state.metrics.add(logits, labels, loss)
                 if network.measures_residual:
                     state.residuals.append(network.residual)
             elif on_nan == "stop":
-                raise LossNotFinite(iteration, value)
+                raise NotFinite(iteration, loss.item())
             else:
                 state.skipped += 1
-                for buffer, before in zip(network.buffers(), buffers):
-                    buffer.copy_(before)
+                for buffer, old in zip(network.buffers(), before):
+                    buffer.copy_(old)
             state.iteration += 1
             after_iteration()
             if iteration % ITERATIONS_PER_BAR_UPDATE == 0:
                 bar.show(iteration, state.metrics, f" | solver {state.tally.mean_iterations:.1f} iterations")
     return state.metrics.averages()
+
+
+def _largest(tensors: List[Tensor]) -> Tensor:
+    """The largest magnitude in them, a tensor (); NaN where one holds NaN."""
+    return torch.nn.utils.get_total_norm(tensors, math.inf)
 
 
 @torch.inference_mode()
