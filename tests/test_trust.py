@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from tests.networks import small_network
+from tests.same_run import assert_same, contents
 from tests.small_data import command, write_small_data
 from utils import checkpoint as checkpoints
 from utils import files, fit, run_files
 from utils.batches import Batches
-from utils.checkpoint import load_checkpoint, newest_checkpoint
+from utils.checkpoint import BEST, LATEST, PREVIOUS, load_checkpoint, newest_checkpoint
 from utils.interruption import Interrupted, Interruption
 from utils.metrics import Metrics
 
-LATEST, PREVIOUS, BEST = "checkpoint.pth.tar", "checkpoint.previous.pth.tar", "model_best.pth.tar"
 BATCHES = 6  # of 16 samples, the last one of 10
 
 
@@ -55,25 +55,6 @@ def after(monkeypatch):
             return real(network, batches, optimizer, rate, state, counted, on_nan)
         monkeypatch.setattr(fit, "train_one_epoch", train_one_epoch)
     return arrange
-
-
-def assert_same(one, other):
-    """The two runs' checkpoints, best networks and logs are the same to the last bit."""
-    assert (one / "log.txt").read_bytes() == (other / "log.txt").read_bytes()
-    for name in (LATEST, BEST):
-        left, right = (contents(folder / name) for folder in (one, other))
-        assert left == right, name
-
-
-def contents(path):
-    """Everything in a checkpoint that is not the command line, with tensors as bytes."""
-    def plain(value):
-        if isinstance(value, torch.Tensor):
-            return value.dtype, tuple(value.shape), value.contiguous().numpy().tobytes()
-        if isinstance(value, dict):
-            return {key: plain(entry) for key, entry in value.items() if key != "arguments"}
-        return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-    return plain(torch.load(path, weights_only=True))
 
 
 def send(number):
