@@ -25,8 +25,8 @@ class FeedbackSNN(nn.Module):
     that rate carries the implicit gradient of its equilibrium, solved by `solver`; `jacobian_bn` says whether the batch norms of
     hidden connections stand in J as they do in f ("train") or on their running statistics ("eval"). `bf16_products` rounds the
     factors of convolutions and matrix products to bfloat16; membrane potentials, rates, batch norms and the solve stay in float32.
-    While `measures_residual` is set, each pass with a gradient leaves its rate's distance from equilibrium in `residual`: a tensor (),
-    ‖f(a) − a‖ / ‖a‖ over the batch, on the network's device.
+    While `measures_residual` is set, each pass with a gradient leaves its rate's distance from equilibrium in `residual`:
+    ‖f(a) − a‖ over the batch, relative to the larger of ‖a‖ and ‖f(a)‖, a tensor () on the network's device.
     """
 
     def __init__(self, input_shape: Sequence[int], input: Connection, hidden: Sequence[Connection], feedback: Feedback,
@@ -95,8 +95,9 @@ class FeedbackSNN(nn.Module):
     @torch.no_grad()
     def _measure(self, rate: Tensor, mapped: Tensor) -> None:
         if self.measures_residual:
-            norm = torch.linalg.vector_norm(rate)
-            self.residual = torch.linalg.vector_norm(mapped - rate) / torch.where(norm > 0, norm, torch.ones_like(norm))
+            # Relative to the larger of the two: a network that is still silent is 1 away, not infinitely far.
+            size = torch.maximum(torch.linalg.vector_norm(rate), torch.linalg.vector_norm(mapped))
+            self.residual = torch.linalg.vector_norm(mapped - rate) / size.clamp_min(torch.finfo(size.dtype).tiny)
 
     @torch.no_grad()
     def _jacobian(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks) -> TransposedJacobian:

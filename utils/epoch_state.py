@@ -12,8 +12,8 @@ from utils.metrics import Metrics
 @dataclass
 class EpochState:
     """`iteration` is the next to run. The order of the samples is what PyTorch's CPU generator draws from `order_state`, its
-    state at the epoch's start. `residuals` are the relative distances ‖a(T) − f(a(T))‖ / ‖a(T)‖ of some batches' firing rates
-    from their equilibrium. `shape` is the number of samples and the batch size that the iterations count.
+    state at the epoch's start. `residuals` are the relative distances of some batches' firing rates from their
+    equilibrium (`FeedbackSNN.residual`). `shape` is the number of samples and the batch size that the iterations count.
     """
 
     iteration: int = 0
