@@ -2,6 +2,7 @@
 
     python -m tests.faults                    everything, about a quarter of an hour on two cores
     python -m tests.faults --kills 6          a try
+    python -m tests.faults --only SIGTERM     one kind of fault
 
 Each fault is done to a real run of a training script in a process of its own. Afterwards every checkpoint in its folder must be
 readable, the run must go on with --resume auto from the newest one, and end with the same weights, log and best accuracy as a run
@@ -300,6 +301,7 @@ def plan(kills: int, seed: int) -> List[Tuple[str, str, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=64, help="runs to kill (default: 64)")
+    parser.add_argument("--only", choices=FAULTS, help="one kind of fault (default: all)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="other moments (default: 0)")
     parser.add_argument("--inside", nargs=4, help=argparse.SUPPRESS)
@@ -315,9 +317,10 @@ def main() -> None:
     for experiment in experiments.values():
         experiment.run_whole()
         print(f"{experiment.name}: {experiment.seconds:.1f} s of training in the run that nothing happens to", flush=True)
+    cases = [case for case in plan(args.kills, args.seed) if args.only in (None, case[0])]
     counts = [0, 0]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for passed, line in pool.map(lambda case: do(case[0], experiments[case[1]], case[2]), plan(args.kills, args.seed)):
+        for passed, line in pool.map(lambda case: do(case[0], experiments[case[1]], case[2]), cases):
             counts[not passed] += 1
             print(line, flush=True)
     if not counts[1]:

@@ -18,7 +18,7 @@ from tests.small_data import command, write_small_data
 from utils import checkpoint as checkpoints
 from utils import files, fit, run_files
 from utils.batches import Batches
-from utils.checkpoint import BEST, LATEST, PREVIOUS, load_checkpoint, newest_checkpoint
+from utils.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS, load_checkpoint, newest_checkpoint
 from utils.interruption import Interrupted, Interruption
 from utils.metrics import Metrics
 
@@ -191,6 +191,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(harm, train, afte
     status, out, err = train("run", "--resume", "auto")
     assert status == 0 and f"{latest} is damaged" in out and f"Going on from {previous}" in out
     assert load_checkpoint(latest) and load_checkpoint(previous), "the damaged one has not become the previous one"
+    assert (tmp_path / "run" / DAMAGED).exists()
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 
@@ -334,7 +335,8 @@ def test_warnings_of_numbers_that_mislead(train):
 def test_deterministic_runs_are_the_same(train, tmp_path):
     for name in ("one", "other"):
         torch.rand(3)
-        status, out, err = command("--path", tmp_path / "data", "-c", tmp_path / name, "--deterministic", "--epochs", 1, "--train-limit", 40, "--device", "cpu")
+        status, out, err = command("--path", tmp_path / "data", "-c", tmp_path / name, "--deterministic", "--epochs", 1,
+                                   "--train-limit", 40, "--device", "cpu")
         assert status == 0 and "seed 0\n" in out and torch.are_deterministic_algorithms_enabled(), err
     assert_same(tmp_path / "one", tmp_path / "other")
     train("third", "--epochs", 1)

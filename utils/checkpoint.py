@@ -20,8 +20,9 @@ from utils.published import is_published, translate_momentum, translate_state_di
 from utils.version import VERSION
 
 LATEST, PREVIOUS, BEST = "checkpoint.pth.tar", "checkpoint.previous.pth.tar", "model_best.pth.tar"
-DAMAGED = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, ValueError, KeyError, NotImplementedError,
-           struct.error, zlib.error)
+DAMAGED = "checkpoint.damaged.pth.tar"
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, ValueError, KeyError, NotImplementedError,
+              struct.error, zlib.error)
 
 
 @dataclass
@@ -81,6 +82,13 @@ def newest_checkpoint(folder: Path) -> Optional[Path]:
     return max(good, key=lambda entry: entry[:2])[2] if good else None
 
 
+def is_readable(path: Path) -> bool:
+    try:
+        return bool(load_checkpoint(path))
+    except UserError:
+        return False
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of either format onto the CPU; tensors and plain values only, nothing in the file is executed.
 
@@ -91,7 +99,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         _check_sums(path)
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGED as error:
+    except UNREADABLE as error:
         raise UserError(f"--resume {path}: the file is not a readable checkpoint (damaged, or not one at all)") from error
     try:
         return _from_contents(contents)

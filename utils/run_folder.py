@@ -3,11 +3,12 @@
 import tempfile
 from pathlib import Path
 
-from utils.checkpoint import BEST, LATEST, PREVIOUS
+from utils.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS
 from utils.errors import UserError
 from utils.run_record import RUN_RECORD
 
-_FILES = ("log.txt", "log.png", "log.pdf", "firing_rate.png", "firing_rate.pdf", RUN_RECORD, LATEST, PREVIOUS, BEST)
+_FILES = ("log.txt", "log.png", "log.pdf", "firing_rate.png", "firing_rate.pdf", RUN_RECORD, LATEST, PREVIOUS,
+          BEST, DAMAGED)
 
 
 def check_writable(folder: Path) -> None:

@@ -2,12 +2,12 @@
 
 import math
 from argparse import Namespace
-from typing import Callable, List, Optional
+from typing import Callable, Optional
 
 import torch
 import torch.nn.functional as F
 from progress.bar import Bar
-from torch import Tensor, nn
+from torch import nn
 
 from modules.network import Observer
 from modules.solvers import Reading
@@ -32,8 +32,9 @@ class NotFinite(ArithmeticError):
     """In the epoch's `iteration` (from 0) the loss, or a current in the network, was infinite or not a number: no update was made."""
 
     def __init__(self, iteration: int, loss: float):
-        self.iteration = iteration
-        self.what = f"the network's currents are not finite (while the loss, {loss:.4f}, is)" if math.isfinite(loss) else f"the loss is {loss}"
+        self.iteration, self.what = iteration, f"the loss is {loss}"
+        if math.isfinite(loss):
+            self.what = f"the network's currents are not finite (while the loss, {loss:.4f}, is)"
         super().__init__(f"{self.what} in iteration {iteration}")
 
 
@@ -58,7 +59,7 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
     network.train()
     network.solver.tally = state.tally
     # A neuron whose potential is not a number never spikes, so the loss can look healthy; the batch norms' statistics and the
-    # feedback's singular vectors, which every pass renews, show it.
+    # feedback's singular vectors, which every pass renews, show it, and their sum is finite only if they are.
     statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
     with _bar("training", len(batches)) as bar:
         for x, labels in remaining:
@@ -69,7 +70,7 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
             network.measures_residual = iteration % ITERATIONS_PER_RESIDUAL == 0
             logits = network(x)
             loss = F.cross_entropy(logits, labels)
-            reading = Reading(loss.detach() + _largest(statistics))
+            reading = Reading(loss.detach() + torch.cat(statistics).sum())
             optimizer.zero_grad()
             loss.backward()
             # The solve in there has read values that a GPU computes after the loss, so this waits for nothing.
@@ -89,11 +90,6 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
             if iteration % ITERATIONS_PER_BAR_UPDATE == 0:
                 bar.show(iteration, state.metrics, f" | solver {state.tally.mean_iterations:.1f} iterations")
     return state.metrics.averages()
-
-
-def _largest(tensors: List[Tensor]) -> Tensor:
-    """The largest magnitude in them, a tensor (); NaN where one holds NaN."""
-    return torch.nn.utils.get_total_norm(tensors, math.inf)
 
 
 @torch.inference_mode()
