@@ -57,6 +57,11 @@ def after(monkeypatch):
     return arrange
 
 
+def epoch_line(out):
+    """The second epoch's line without its seconds."""
+    return next(line for line in out.splitlines() if line.startswith("epoch 2/2")).rpartition(" | ")[0]
+
+
 def send(number):
     return lambda: os.kill(os.getpid(), number)
 
@@ -71,7 +76,7 @@ def kill(*_):
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
 def test_a_run_stopped_twice_equals_the_uninterrupted_one(optimizer, train, after, tmp_path):
-    assert train("whole", "--optimizer", optimizer)[0] == 0
+    whole = train("whole", "--optimizer", optimizer)[1]
     for number, stopped_after, place in ((signal.SIGTERM, 4, "epoch 1 after 4"), (signal.SIGINT, 5, "epoch 2 after 3")):
         after(stopped_after, send(number))
         status, out, err = train("parts", "--optimizer", optimizer, "--resume", "auto")
@@ -79,6 +84,7 @@ def test_a_run_stopped_twice_equals_the_uninterrupted_one(optimizer, train, afte
         assert ("a new run starts" in out) == (number == signal.SIGTERM)
     status, out, _ = train("parts", "--optimizer", optimizer, "--resume", "auto")
     assert status == 0 and "in epoch 2 after 3 iterations" in out and "epoch 1/2" not in out
+    assert epoch_line(out) == epoch_line(whole), "the epoch's solves and residuals are counted as if nothing had happened"
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -148,16 +154,16 @@ def test_killed_while_files_are_written(module, name, train, tmp_path, monkeypat
         assert_same(whole, tmp_path / f"killed-{time_of_death}")
 
 
-def test_killed_before_the_log_is_written(train, tmp_path, monkeypatch):
-    train("whole")
+def test_killed_before_the_best_network_and_the_log_are_written(train, tmp_path, monkeypatch):
+    train("whole", "--epochs", 1)
     with monkeypatch.context() as patched:
-        patched.setattr("utils.log.Log.append", kill)
+        patched.setattr(run_files, "write_contents", kill)
         with pytest.raises(Killed):
-            train("run")
+            train("run", "--epochs", 1)
     (tmp_path / "run" / "log.txt").write_text("Learning Rate\t torn")
-    (tmp_path / "run" / BEST).write_bytes(b"torn")
     (tmp_path / "run" / f"{LATEST}.part").write_bytes(b"torn")
-    assert train("run", "--resume", "auto")[0] == 0
+    assert not (tmp_path / "run" / BEST).exists()
+    assert train("run", "--epochs", 1, "--resume", "auto")[0] == 0
     assert_same(tmp_path / "whole", tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.part"))
 

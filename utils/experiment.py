@@ -82,7 +82,6 @@ def run(recipe: Recipe, args: Namespace, interruption: Interruption) -> None:
             write_run_record(folder, args, seed, device, used)
         files = RunFiles(folder, state, source if continued else None)
         fit(state, train_batches, test_batches, files, args, interruption)
-        print(f"plots of the log: {_listed(files.plot())}")
     if args.evaluate or args.firing_rate:
         _report(network, test_batches, title, folder if args.firing_rate else None)
 

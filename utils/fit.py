@@ -21,7 +21,7 @@ MOST_UNCONVERGED, LARGEST_MEAN_RESIDUAL = 0.1, 0.5
 
 
 def fit(run: RunState, train: Batches, test: Batches, files: RunFiles, args: Namespace, interruption: Interruption) -> None:
-    """Run the epochs that are left. Where a signal asks for it, save and raise Interrupted between two iterations."""
+    """Run the epochs that are left and plot the log. Where a signal asks for it, save and raise Interrupted between two iterations."""
     run.begin()
     with interruption.deferred():
         try:
@@ -36,7 +36,7 @@ def fit(run: RunState, train: Batches, test: Batches, files: RunFiles, args: Nam
             kept = f"{files.folder / LATEST} is kept" if (files.folder / LATEST).exists() else "no checkpoint was written before"
             raise RunFailed(f"{error.what} in epoch {run.epoch + 1}, iteration {error.iteration + 1}; {kept}. Lower --lr, "
                             "look at the data, or leave such batches out with --on-nan skip") from error
-    print(f"best test accuracy over epochs: {run.best:.2f} %")
+        print(f"best test accuracy over epochs: {run.best:.2f} %\nplots of the log: {', '.join(map(str, files.plot()))}", flush=True)
 
 
 def _run_epoch(run: RunState, train: Batches, test: Batches, files: RunFiles, args: Namespace, interruption: Interruption) -> None:
