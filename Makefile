@@ -9,7 +9,8 @@ NMNIST ?= ./data/NMNIST
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data fashion-mnist run run-full checkpoints test test-experiments fuzz bench bench-gpu bench-bptt bench-gradients clean
+.PHONY: help setup data fashion-mnist run run-full checkpoints test test-faults test-experiments fuzz bench bench-gpu bench-bptt \
+        bench-gradients clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -39,6 +40,9 @@ run-full: fashion-mnist  ## the paper's recipe: F400 on Fashion-MNIST, 100 epoch
 
 test: fashion-mnist  ## run all tests
 	@$(PY) -m pytest -q tests
+
+test-faults: .venv/ready  ## kill, interrupt and damage runs, fill their disk, and see that nothing is lost (a quarter of an hour)
+	@$(PY) -m tests.faults
 
 test-experiments: data  ## train every experiment on its real data with small limits, within 30 minutes
 	@CIFAR100="$(CIFAR100)" NMNIST="$(NMNIST)" $(PY) -m pytest -v -rP tests/experiments

@@ -27,6 +27,8 @@ class FeedbackSNN(nn.Module):
     hidden connections stand in J as they do in f ("train") or on their running statistics ("eval"). `bf16_products` rounds the
     factors of convolutions and matrix products to bfloat16; membrane potentials, rates, batch norms and the solve stay in float32.
     With a `surrogate` (modules/bptt.py) the gradient is that of back-propagation through time instead, of the same forward values.
+    While `measures_residual` is set, each pass with a gradient leaves its rate's distance from equilibrium in `residual`:
+    ‖f(a) − a‖ over the batch, relative to the larger of ‖a‖ and ‖f(a)‖, a tensor () on the network's device.
     """
 
     def __init__(self, input_shape: Sequence[int], input: Connection, hidden: Sequence[Connection], feedback: Feedback,
@@ -41,6 +43,7 @@ class FeedbackSNN(nn.Module):
             raise ValueError(f"jacobian_bn is train or eval, not {jacobian_bn!r}")
         self.jacobian_bn, self.bf16_products, self.surrogate = jacobian_bn, bf16_products, surrogate
         self._graphed = GraphedSimulations()
+        self.measures_residual, self.residual = False, None
         self.input_shape = tuple(input_shape)
         self.layer_shapes = [self.input.output_shape(self.input_shape)]
         for connection in self.hidden:
@@ -87,11 +90,20 @@ class FeedbackSNN(nn.Module):
         """`rate` with the implicit gradient; J is taken at the rate for one layer, at f(rate) with hidden layers."""
         if self.hidden:
             mapped = self.equilibrium_map(rate, current, weight, masks)
+            self._measure(rate, mapped)
             return attach_gradient(rate, mapped, self._jacobian(mapped, current, weight, masks), self.solver)
         # The one evaluation of f, at the rate, gives the value and the slope.
         mapped, slope = self.neuron.equilibrium(current + self.feedback(rate, weight, masks.feedback))
+        self._measure(rate, mapped)
         link = Link(self.feedback.map, weight.detach(), rate.shape[1:], masked(slope, masks.feedback))
         return attach_gradient(rate, mapped, TransposedJacobian([link]), self.solver)
+
+    @torch.no_grad()
+    def _measure(self, rate: Tensor, mapped: Tensor) -> None:
+        if self.measures_residual:
+            # Relative to the larger of the two: a network that is still silent is 1 away, not infinitely far.
+            size = torch.maximum(torch.linalg.vector_norm(rate), torch.linalg.vector_norm(mapped))
+            self.residual = torch.linalg.vector_norm(mapped - rate) / size.clamp_min(torch.finfo(size.dtype).tiny)
 
     @torch.no_grad()
     def _jacobian(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks) -> TransposedJacobian:

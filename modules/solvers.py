@@ -100,7 +100,7 @@ class Broyden:
 METHODS: Dict[str, Type] = {"anderson": Anderson, "broyden": Broyden, "fixed-point": FixedPoint}
 
 
-class _Reading:
+class Reading:
     """A scalar on its way from the device to the host, so that waiting for it does not wait for later work."""
 
     def __init__(self, scalar: Tensor):
@@ -135,7 +135,7 @@ def solve(map: Callable[[Tensor], Tensor], start: Tensor, method: str = "anderso
     for iteration in range(1, max_iterations + 1):
         mapped = map(x)
         difference = mapped - x
-        unread.append((x, _Reading(torch.linalg.vector_norm(difference) / scale)))
+        unread.append((x, Reading(torch.linalg.vector_norm(difference) / scale)))
         while len(unread) > (behind if iteration < max_iterations else 0):
             visited, reading = unread.popleft()
             residual = reading.value()

@@ -12,6 +12,7 @@ from utils import run_record
 from utils.checkpoint import load_checkpoint
 from utils.datasets import load_fashion_mnist
 from utils.run_record import git_commit
+from utils.version import VERSION
 
 FLAGS = ["--device", "cpu", "--manualSeed", 3, "--train-batch", 16]
 
@@ -61,7 +62,8 @@ def test_run_record(data, tmp_path, monkeypatch):
     assert {"time_step": 4, "leaky": 0.95, "dataset": "fashionmnist", "train_limit": 20}.items() <= run["arguments"].items()
     assert run["seed"] == 3 and run["device"] == "cpu" and "threads" in run["device_name"] and run["date"][:2] == "20"
     assert run["training_samples"] == {"used": 20, "of": 60} and run["test_samples"] == {"used": 30, "of": 30}
-    assert run["versions"] == {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+    assert run["versions"] == {"project": VERSION, "python": platform.python_version(), "torch": torch.__version__,
+                               "numpy": numpy.__version__}
     assert run["git_commit"] == git_commit() and run["earlier_starts"] == []
 
 

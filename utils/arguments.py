@@ -101,7 +101,14 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-c", "--checkpoint", type=place, default="checkpoint", metavar="DIR",
                        help="folder for checkpoints, log, plots and run.json")
     group.add_argument("--resume", type=place, default=None, metavar="FILE",
-                       help="go on from this checkpoint, this project's or a published one (default: a new run)")
+                       help="go on from this checkpoint, this project's or a published one; auto: from the newest good one in DIR, or "
+                            "start where there is none (default: a new run)")
+    group.add_argument("--checkpoint-every", type=whole(1), metavar="N", default=None,
+                       help="write a checkpoint every N iterations too (default: after every epoch only)")
+    group.add_argument("--on-nan", choices=("stop", "skip"), default="stop",
+                       help="where the loss is infinite or not a number: stop, or leave the batch out and count it")
+    group.add_argument("--deterministic", action="store_true",
+                       help="the same numbers in every run on this machine; seed 0 unless --manualSeed is given")
     group.add_argument("-e", "--evaluate", action="store_true", help="evaluate the --resume checkpoint on the test set and stop")
     group.add_argument("--firing-rate", action="store_true",
                        help="firing rates per layer at the end, or with --evaluate: a table, and a bar chart in DIR")

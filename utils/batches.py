@@ -41,10 +41,25 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.samples.labels) // self.size)
 
+    @property
+    def shape(self) -> Tuple[int, int]:
+        """The number of samples and the batch size."""
+        return len(self.samples.labels), self.size
+
     def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
-        inputs, labels, prepare = self.samples
+        return self._batches(self._order(), 0)
+
+    def after(self, done: int, order_state: Tensor) -> Iterator[Tuple[Tensor, Tensor]]:
+        """The batches that follow the first `done`, in the order that was drawn when the generator's state was `order_state`."""
+        now = torch.get_rng_state()
+        torch.set_rng_state(order_state)
         order = self._order()
-        for start in range(0, len(labels), self.size):
+        torch.set_rng_state(now)
+        return self._batches(order, done)
+
+    def _batches(self, order: Optional[Tensor], done: int) -> Iterator[Tuple[Tensor, Tensor]]:
+        inputs, labels, prepare = self.samples
+        for start in range(done * self.size, len(labels), self.size):
             if order is None:
                 yield prepare(inputs[start:start + self.size]), labels[start:start + self.size]
             else:

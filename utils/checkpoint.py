@@ -1,27 +1,34 @@
 """Checkpoints: one file format to write, this project's and the published one to read."""
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
+from termcolor import cprint
 from torch import Tensor, nn
 
 from utils.checkpoint_checks import (check_fits, check_optimizer, check_published_optimizer, check_random_state,
                                      checked_accuracy, checked_epoch, checked_tensors)
 from utils.checkpoint_file import read_tensors
+from utils.epoch_state import EpochState
 from utils.errors import UserError
 from utils.files import written_aside
 from utils.published import is_published, translate_momentum, translate_state_dict
+from utils.version import VERSION
 
-LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+LATEST, PREVIOUS, BEST = "checkpoint.pth.tar", "checkpoint.previous.pth.tar", "model_best.pth.tar"
+DAMAGED = "checkpoint.damaged.pth.tar"
 
 
 @dataclass
 class Checkpoint:
-    """What a run needs to go on: `epoch` is the next to run, accuracies are in percent.
+    """What a run needs to go on: `epoch` is the one to run next or, where `partial` says how far it is, to go on with.
 
-    `optimizer` is this project's PyTorch optimizer state; from a published file, `momentum` holds its buffers by parameter name.
+    Accuracies are in percent, `acc` the last whole epoch's and `best_acc` that of the first `best_epoch` epochs' last. `log_rows` is
+    the log so far. `optimizer` is this project's PyTorch optimizer state; from a published file, `momentum` holds its buffers by
+    parameter name.
     """
 
     epoch: int
@@ -32,11 +39,51 @@ class Checkpoint:
     momentum: Dict[str, Dict[str, Tensor]] = field(default_factory=dict)
     random_state: Optional[Dict[str, Any]] = None
     arguments: Dict[str, Any] = field(default_factory=dict)
+    best_epoch: int = 0
+    log_rows: Optional[List[List[float]]] = None
+    partial: Optional[EpochState] = None
+    torch_version: str = str(torch.__version__)
+    project_version: str = VERSION
+
+    @property
+    def iteration(self) -> int:
+        return self.partial.iteration if self.partial else 0
 
 
-def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    with written_aside(path) as file:
-        torch.save({**vars(checkpoint), "torch_version": str(torch.__version__)}, file)
+def save_checkpoint(checkpoint: Checkpoint, path: Path, previous: Optional[Path] = None) -> bytes:
+    """Write the file, whole at any time, and return its contents. The file that was there is kept as `previous`, if that is named."""
+    contents = io.BytesIO()
+    torch.save({**vars(checkpoint), "partial": checkpoint.partial and checkpoint.partial.state_dict()}, contents)
+    write_contents(contents.getvalue(), path, previous)
+    return contents.getvalue()
+
+
+def write_contents(contents: bytes, path: Path, previous: Optional[Path] = None) -> None:
+    with written_aside(path, previous) as file:
+        file.write(contents)
+
+
+def newest_checkpoint(folder: Path) -> Optional[Path]:
+    """The newest readable checkpoint of the run in `folder`, with a warning for each damaged one that was met; None without any."""
+    good = []
+    for path in (folder / LATEST, folder / PREVIOUS, folder / BEST):
+        if path.exists():
+            try:
+                checkpoint = load_checkpoint(path)
+            except UserError:
+                cprint(f"warning: {path} is damaged; the newest checkpoint before it is used", "yellow")
+                continue
+            good.append((checkpoint.epoch, checkpoint.iteration, path))
+            if path.name == LATEST:
+                break
+    return max(good, key=lambda entry: entry[:2])[2] if good else None
+
+
+def is_readable(path: Path) -> bool:
+    try:
+        return bool(load_checkpoint(path))
+    except UserError:
+        return False
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -68,8 +115,13 @@ def _from_contents(contents: Dict[str, Any]) -> Checkpoint:
     check_random_state(contents["random_state"])
     if not isinstance(contents["arguments"], dict) or not isinstance(contents["optimizer"], dict):
         raise ValueError("its arguments or its optimizer are no table")
+    rows, partial = contents.get("log_rows"), contents.get("partial")
     return Checkpoint(state_dict=state_dict, optimizer=contents["optimizer"], random_state=contents["random_state"],
-                      arguments=contents["arguments"], **common)
+                      arguments=dict(contents["arguments"]), best_epoch=int(contents.get("best_epoch", 0)),
+                      log_rows=None if rows is None else [[*map(float, row)] for row in rows],
+                      partial=EpochState.from_state(partial) if partial else None,
+                      torch_version=str(contents.get("torch_version", "unknown")),
+                      project_version=str(contents.get("project_version", "unknown")), **common)
 
 
 def restore_network(network: nn.Module, checkpoint: Checkpoint, path: Path) -> None:

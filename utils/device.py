@@ -1,5 +1,6 @@
 """The device to compute on: its choice and its name."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def set_precision(name: str) -> bool:
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
     return name == "bf16"
+
+
+def set_deterministic(wanted: bool) -> None:
+    """Have PyTorch choose only algorithms that give the same bits in every run, and refuse what has none."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(wanted)
 
 
 def describe_device(device: torch.device) -> str:

@@ -1,8 +1,16 @@
-"""The one exception that stands for a mistake in what the user gave: a flag, a file, a folder or a machine."""
+"""The exceptions whose message is all that the user needs to see."""
 
 
 class UserError(Exception):
-    """A sentence for the user that names the flag or file at fault and says what to do.
+    """A mistake in what the user gave: a flag, a file, a folder or a machine.
 
-    The command line prints the sentence alone and exits with status 2; a traceback would hide it.
+    A sentence for the user that names the flag or file at fault and says what to do. The command line prints the sentence alone
+    and exits with status 2; a traceback would hide it.
+    """
+
+
+class RunFailed(Exception):
+    """A run that can't go on though its flags are right: the loss is not a number, or the disk is full.
+
+    A sentence that says where it stopped and what is kept. The command line prints it alone and exits with status 1.
     """

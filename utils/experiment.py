@@ -14,74 +14,109 @@ from modules.network import FeedbackSNN
 from modules.neuron import make_neuron
 from utils.arguments import parse_arguments
 from utils.batches import Batches, Samples
-from utils.checkpoint import LATEST, Checkpoint, load_checkpoint, restore_network
-from utils.device import choose_device, set_precision
-from utils.errors import UserError
+from utils.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, restore_network
+from utils.device import choose_device, set_deterministic, set_precision
+from utils.errors import RunFailed, UserError
+from utils.files import failing_clearly
 from utils.firing_rate import FiringRates
-from utils.fit import fit, starting_point
-from utils.log import Log
-from utils.plots import plot_firing_rates, plot_log
+from utils.fit import fit
+from utils.interruption import Interrupted, Interruption
+from utils.plots import plot_firing_rates
 from utils.recipe import Recipe
+from utils.run_files import RunFiles
 from utils.run_folder import check_writable, open_run_folder
 from utils.run_record import Used, write_run_record
+from utils.run_state import RunState, announce, starting_point
 from utils.tensorboard import check_tensorboard
 from utils.training import evaluate
 
 
 def main(recipe: Recipe, argv: Optional[Sequence[str]] = None) -> None:
-    """Run the experiment from the command line; a user's mistake is one sentence and exit status 2."""
+    """Run the experiment from the command line.
+
+    A user's mistake is one sentence and exit status 2, a run that can't go on one and status 1, a signal one and 128 + its number.
+    """
     args = parse_arguments(recipe, argv)
     try:
-        run(recipe, args)
-    except UserError as error:
+        with Interruption.watched() as interruption:
+            run(recipe, args, interruption)
+    except (UserError, RunFailed) as error:
         cprint(f"error: {error}", "red", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        kept = "" if args.evaluate else f" The last whole epoch is in {Path(args.checkpoint) / LATEST}."
-        print(f"\nStopped.{kept}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except Interrupted as interrupted:
+        print(f"\nStopped by {interrupted.name}.{interrupted.kept}", file=sys.stderr)
+        sys.exit(interrupted.status)
 
 
-def run(recipe: Recipe, args: Namespace) -> None:
+def run(recipe: Recipe, args: Namespace, interruption: Interruption) -> None:
     """Everything that can be refused is checked before the data is loaded and anything is written."""
-    device = choose_device(args.device, args.gpu_id)
-    seed = args.manualSeed if args.manualSeed is not None else torch.seed() % 2**31
+    device, folder = choose_device(args.device, args.gpu_id), Path(args.checkpoint)
+    set_deterministic(args.deterministic)
+    seed = args.manualSeed if args.manualSeed is not None else 0 if args.deterministic else torch.seed() % 2**31
     torch.manual_seed(seed)
-    network, checkpoint = _build(recipe, args, device)
-    folder = Path(args.checkpoint)
-    start = None if args.evaluate else starting_point(network, args, checkpoint)
-    if start or args.firing_rate:
+    network = _build(recipe, args)
+    source, checkpoint = _source(args, folder)
+    if checkpoint:
+        restore_network(network, checkpoint, source)
+    network.to(device)
+    state = None if args.evaluate else starting_point(network, args, checkpoint, source)
+    if state or args.firing_rate:
         check_writable(folder)
     if args.tensorboard:
         check_tensorboard()
+    if state and state.finished and not args.firing_rate:
+        _finish(state, folder, source)
+        return
     train, test, used = _load(recipe, args, device)
     title = f"{recipe.description.format(dataset=args.dataset)}, {network.neuron.name}, T = {args.time_step}"
     parameters = sum(parameter.numel() for parameter in network.parameters())
     neurons = sum(network.neuron_counts)
     print(f"{title}: {parameters:,d} parameters, {neurons:,d} neurons, on {device}, seed {seed}\n{used}", flush=True)
     test_batches = Batches(test, args.test_batch, shuffled=False)
-    if start:
-        continued = bool(args.resume) and Path(args.resume).resolve().parent == folder.resolve()
-        open_run_folder(folder, continued)
-        write_run_record(folder, args, seed, device, used)
-        log = Log(folder / "log.txt", keep=start.epoch if continued else 0)
-        fit(network, Batches(train, args.train_batch, shuffled=True), test_batches, start, log, args)
-        print(f"plots of the log: {_listed(plot_log(log.rows, folder / 'log'))}")
+    if state and state.finished:
+        _finish(state, folder, source)
+    elif state:
+        train_batches = Batches(train, args.train_batch, shuffled=True)
+        if checkpoint:
+            announce(state, checkpoint, source)
+            state.go_on_with(train_batches)
+        continued = source is not None and source.resolve().parent == folder.resolve()
+        with failing_clearly(folder, "Make room or choose another -c"):
+            open_run_folder(folder, continued)
+            write_run_record(folder, args, seed, device, used)
+        files = RunFiles(folder, state, source if continued else None)
+        fit(state, train_batches, test_batches, files, args, interruption)
     if args.evaluate or args.firing_rate:
         _report(network, test_batches, title, folder if args.firing_rate else None)
 
 
-def _build(recipe: Recipe, args: Namespace, device: torch.device) -> Tuple[FeedbackSNN, Optional[Checkpoint]]:
-    """The network on its device, with the tensors of the checkpoint to go on from, if there is one."""
-    network = recipe.network(classes=recipe.datasets[args.dataset], neuron=make_neuron(args.vth, args.leaky),
-                             time_steps=args.time_step, dropout=args.dropout,
-                             solver=BackwardSolver(args.solver, args.tol, args.threshold), jacobian_bn=args.jacobian_bn,
-                             bf16_products=set_precision(args.precision),
-                             surrogate=SURROGATES[args.surrogate] if args.gradient == "bptt" else None)
-    checkpoint = load_checkpoint(Path(args.resume)) if args.resume else None
-    if checkpoint:
-        restore_network(network, checkpoint, Path(args.resume))
-    return network.to(device), checkpoint
+def _source(args: Namespace, folder: Path) -> Tuple[Optional[Path], Optional[Checkpoint]]:
+    """The checkpoint to go on from, and its file; None for a new run."""
+    source = newest_checkpoint(folder) if args.resume == "auto" else Path(args.resume) if args.resume else None
+    if source:
+        return source, load_checkpoint(source)
+    if args.evaluate:
+        raise UserError(f"--resume auto: there is no readable checkpoint in {folder} to --evaluate")
+    if args.resume:
+        print(f"No readable checkpoint in {folder} to go on from: a new run starts.")
+    return None, None
+
+
+def _build(recipe: Recipe, args: Namespace) -> FeedbackSNN:
+    return recipe.network(classes=recipe.datasets[args.dataset], neuron=make_neuron(args.vth, args.leaky),
+                          time_steps=args.time_step, dropout=args.dropout,
+                          solver=BackwardSolver(args.solver, args.tol, args.threshold), jacobian_bn=args.jacobian_bn,
+                          bf16_products=set_precision(args.precision),
+                          surrogate=SURROGATES[args.surrogate] if args.gradient == "bptt" else None)
+
+
+def _finish(state: RunState, folder: Path, source: Path) -> None:
+    """Complete the files of a run that stopped after its last epoch, and say that nothing is left to train."""
+    files = RunFiles(folder, state, source)
+    if state.rows:
+        files.plot()
+    print(f"The run in {folder} is finished: {state.epoch} epochs, best test accuracy {state.best:.2f} %. "
+          "To train on, raise --epochs.")
 
 
 def _load(recipe: Recipe, args: Namespace, device: torch.device) -> Tuple[Optional[Samples], Samples, Used]:

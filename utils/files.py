@@ -3,18 +3,57 @@
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import BinaryIO, Iterator, Optional
+
+from utils.errors import RunFailed
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write aside, flushed and renamed at the end: `path` is always a whole file, the old one or the new."""
+def written_aside(path: Path, previous: Optional[Path] = None) -> Iterator[BinaryIO]:
+    """A file to write aside, flushed and renamed at the end: `path` is always a whole file, the old one or the new.
+
+    The old one is kept as `previous`, if that is named. Where writing fails, all stays as it was.
+    """
     aside = path.with_name(path.name + ".part")
     try:
         with aside.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            _keep(path, previous)
         os.replace(aside, path)
+        _flush_folder(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give the file the name `previous` too, so that there is no moment without one under its own name."""
+    aside = previous.with_name(previous.name + ".part")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(path, aside)
+    except OSError:  # A file system without hard links.
+        os.replace(path, previous)
+    else:
+        os.replace(aside, previous)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the names in `folder` on the disk, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def failing_clearly(path: Path, advice: str) -> Iterator[None]:
+    """Turns an error of the disk while `path` is written into RunFailed."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{path} could not be written ({error.strerror or error}). {advice}") from error

@@ -1,83 +1,74 @@
-"""Training over all epochs: where it starts, and what is printed, logged and saved after each."""
+"""Training over all epochs: what is printed, logged and saved, and when."""
 
 import time
 from argparse import Namespace
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Optional
 
-import torch
-from termcolor import colored
-from torch import nn
+from termcolor import colored, cprint
 
 from modules.implicit import SolveTally
 from utils.batches import Batches
-from utils.checkpoint import (BEST, LATEST, Checkpoint, random_state, restore_optimizer, restore_random_state, save_checkpoint)
-from utils.errors import UserError
-from utils.log import Log
+from utils.checkpoint import LATEST
+from utils.epoch_state import EpochState
+from utils.errors import RunFailed
+from utils.interruption import Interrupted, Interruption
+from utils.run_files import RunFiles
+from utils.run_state import RunState
 from utils.schedule import learning_rate
 from utils.tensorboard import Scalars
-from utils.training import evaluate, make_optimizer, train_one_epoch
+from utils.training import NotFinite, evaluate, train_one_epoch
+
+# Shares and sizes above which an epoch's numbers deserve a warning; the README tells why these.
+MOST_UNCONVERGED, LARGEST_MEAN_RESIDUAL = 0.1, 0.5
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where training starts: its optimizer, the first epoch to run, the best accuracy so far and the random states to restore."""
-
-    optimizer: torch.optim.Optimizer
-    epoch: int = 0
-    best: float = 0.0
-    random_state: Optional[Dict[str, Any]] = None
-
-
-def starting_point(network: nn.Module, args: Namespace, checkpoint: Optional[Checkpoint]) -> Start:
-    """The start of a new run or of one that goes on from `checkpoint`, whose tensors `network` holds already.
-
-    Raises UserError where the checkpoint's optimizer is another one and where no epoch is left to run.
-    """
-    start = Start(make_optimizer(network, args))
-    if checkpoint:
-        restore_optimizer(start.optimizer, network, checkpoint, Path(args.resume))
-        start = Start(start.optimizer, checkpoint.epoch, checkpoint.best_acc, checkpoint.random_state)
-    if args.start_epoch is not None:
-        start = Start(start.optimizer, args.start_epoch, start.best, start.random_state)
-    if start.epoch >= args.epochs:
-        raise UserError(f"--epochs {args.epochs}: the run starts at epoch {start.epoch}, so nothing is left to train; "
-                        "raise --epochs")
-    return start
+def fit(run: RunState, train: Batches, test: Batches, files: RunFiles, args: Namespace, interruption: Interruption) -> None:
+    """Run the epochs that are left and plot the log. Where a signal asks for it, save and raise Interrupted between two iterations."""
+    run.begin()
+    scalars = Scalars(files.folder, keep=run.epoch) if args.tensorboard else None
+    with interruption.deferred():
+        try:
+            while not run.finished:
+                _run_epoch(run, train, test, files, args, interruption, scalars)
+        except Interrupted as interrupted:
+            files.save(run)
+            interrupted.kept = (f" {run.place.capitalize()}, saved in {files.folder / LATEST}; to go on, give the same command "
+                                f"with --resume auto -c {files.folder}")
+            raise
+        except NotFinite as error:
+            kept = f"{files.folder / LATEST} is kept" if (files.folder / LATEST).exists() else "no checkpoint was written before"
+            raise RunFailed(f"{error.what} in epoch {run.epoch + 1}, iteration {error.iteration + 1}; {kept}. Lower --lr, "
+                            "look at the data, or leave such batches out with --on-nan skip") from error
+        print(f"best test accuracy over epochs: {run.best:.2f} %\nplots of the log: {', '.join(map(str, files.plot()))}", flush=True)
 
 
-def fit(network: nn.Module, train: Batches, test: Batches, start: Start, log: Log, args: Namespace) -> None:
-    """Run the epochs that are left; after each, the checkpoint and the log beside it are whole."""
-    folder, best = Path(args.checkpoint), start.best
-    scalars = Scalars(folder, keep=start.epoch) if args.tensorboard else None
-    restore_random_state(start.random_state)
-    for epoch in range(start.epoch, args.epochs):
-        began = time.perf_counter()
+def _run_epoch(run: RunState, train: Batches, test: Batches, files: RunFiles, args: Namespace, interruption: Interruption,
+               scalars: Optional[Scalars]) -> None:
+    began, epoch, state, every = time.perf_counter(), run.epoch, run.partial, args.checkpoint_every
 
-        def rate(iteration: int) -> float:
-            return learning_rate(args.lr, epoch, epoch * len(train) + iteration, args.schedule, args.gamma, args.warmup)
+    def rate(iteration: int) -> float:
+        return learning_rate(args.lr, epoch, epoch * len(train) + iteration, args.schedule, args.gamma, args.warmup)
 
-        network.solver.reset_tally()
-        training = train_one_epoch(network, train, start.optimizer, rate)
-        tally = network.solver.reset_tally()
-        testing = evaluate(network, test)
-        is_best, best, last_rate = testing.top1 > best, max(best, testing.top1), rate(len(train) - 1)
-        print(f"epoch {epoch + 1}/{args.epochs} | learning rate {last_rate:g} | "
-              f"training loss {training.loss:.4f}, top-1 {training.top1:.2f} % | test loss {testing.loss:.4f}, "
-              f"top-1 {testing.top1:.2f} %, best {best:.2f} % | {describe(tally)} | "
-              f"{time.perf_counter() - began:.1f} s", flush=True)
-        state = Checkpoint(epoch + 1, network.state_dict(), testing.top1, best, start.optimizer.state_dict(),
-                           random_state=random_state(), arguments=vars(args))
-        save_checkpoint(state, folder / LATEST)
-        if is_best:
-            save_checkpoint(state, folder / BEST)
-        log.append([last_rate, training.loss, testing.loss, training.top1, testing.top1])
-        if scalars:
-            scalars.add(epoch + 1, {"learning rate": last_rate, "loss/training": training.loss, "loss/test": testing.loss,
-                                    "accuracy/training": training.top1, "accuracy/test": testing.top1,
-                                    "solver/iterations": tally.mean_iterations, "solver/not converged": tally.not_converged})
-    print(f"best test accuracy over epochs: {best:.2f} %")
+    def after_iteration() -> None:
+        if every and state.iteration % every == 0 and state.iteration < len(train):
+            files.save(run)
+        interruption.stop_if_asked()
+
+    training = train_one_epoch(run.network, train, run.optimizer, rate, state, after_iteration, args.on_nan)
+    testing = evaluate(run.network, test, between=interruption.stop_if_asked)
+    last_rate = rate(len(train) - 1)
+    run.end_epoch([last_rate, training.loss, testing.loss, training.top1, testing.top1], testing.top1)
+    print(f"epoch {epoch + 1}/{args.epochs} | learning rate {last_rate:g} | "
+          f"training loss {training.loss:.4f}, top-1 {training.top1:.2f} % | test loss {testing.loss:.4f}, "
+          f"top-1 {testing.top1:.2f} %, best {run.best:.2f} % | {describe(state.tally)} | "
+          f"{_residual(state)}{time.perf_counter() - began:.1f} s", flush=True)
+    _warn(state)
+    files.save_epoch(run)
+    if scalars:
+        scalars.add(run.epoch, {"learning rate": last_rate, "loss/training": training.loss, "loss/test": testing.loss,
+                                "accuracy/training": training.top1, "accuracy/test": testing.top1,
+                                "solver/iterations": state.tally.mean_iterations, "solver/not converged": state.tally.not_converged,
+                                "equilibrium residual": state.mean_residual})
 
 
 def describe(tally: SolveTally) -> str:
@@ -87,3 +78,20 @@ def describe(tally: SolveTally) -> str:
     text = (f"solver {tally.mean_iterations:.1f} iterations, {tally.not_converged} of {tally.solves} not converged, "
             f"largest residual {tally.worst_residual:.1e}")
     return colored(text, "yellow") if tally.not_converged else text
+
+
+def _residual(state: EpochState) -> str:
+    return f"equilibrium residual {state.mean_residual:.2f} | " if state.residuals else ""
+
+
+def _warn(state: EpochState) -> None:
+    tally = state.tally
+    if tally.not_converged > MOST_UNCONVERGED * tally.solves:
+        cprint(f"warning: {tally.not_converged} of {tally.solves} backward solves did not converge, so gradients are inexact; "
+               "raise --threshold or --tol, or lower --lr", "yellow", flush=True)
+    if state.mean_residual > LARGEST_MEAN_RESIDUAL:
+        cprint(f"warning: firing rates are {state.mean_residual:.2f} of their size away from the equilibrium that the gradient is "
+               "that of; raise --time_step", "yellow", flush=True)
+    if state.skipped:
+        cprint(f"warning: {state.skipped} batches were skipped, as their loss or currents were not finite", "yellow", flush=True)
+

@@ -3,20 +3,22 @@
 from pathlib import Path
 from typing import List, Sequence
 
+from utils.files import written_aside
+
 COLUMNS = ("Learning Rate", "Train Loss", "Valid Loss", "Train Acc.", "Valid Acc.")
 
 
 class Log:
     """A tab-separated table with one row per epoch, in the published scripts' format.
 
-    `keep` rows of an existing file stay (a resumed run repeats the epochs after its checkpoint); the rest is dropped.
+    It starts with the `rows` of the epochs before: what was in the file beside them is dropped.
     """
 
-    def __init__(self, path: Path, keep: int = 0):
-        self.path = path
-        self.rows: List[List[float]] = read_log(path)[:keep] if keep and path.exists() else []
+    def __init__(self, path: Path, rows: Sequence[Sequence[float]] = ()):
+        self.path, self.rows = path, [list(row) for row in rows]
         header = "".join(f"{name}\t" for name in COLUMNS)
-        path.write_text("\n".join([header, *map(_format, self.rows)]) + "\n")
+        with written_aside(path) as file:
+            file.write(("\n".join([header, *map(_format, self.rows)]) + "\n").encode())
 
     def append(self, row: Sequence[float]) -> None:
         self.rows.append(list(row))

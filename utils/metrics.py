@@ -1,6 +1,6 @@
 """Loss and accuracy averaged over the samples seen so far."""
 
-from typing import NamedTuple
+from typing import Any, Dict, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +18,14 @@ class Averages(NamedTuple):
 
 
 class Metrics:
-    """Sums loss and hits on the device of the logits; only `averages` waits for the device.
+    """Sums loss and hits on the device of the logits; only `averages` and `state_dict` wait for the device.
 
-    What it is given is kept and counted for many batches together, as counting costs as much time for one as for many.
+    What it is given is kept and counted for many batches together, as counting costs as much time for one as for many. Each batch's
+    loss is kept, so that the sum does not depend on when it is asked for.
     """
 
     def __init__(self):
-        self.sums, self.count, self.waiting = 0.0, 0, []
+        self.losses, self.hits, self.count, self.waiting = torch.zeros(0), torch.zeros(2, dtype=torch.int64), 0, []
 
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
         """Logits (batch, classes), labels (batch,) and the batch's mean loss ()."""
@@ -35,13 +36,28 @@ class Metrics:
 
     @torch.no_grad()
     def _count(self) -> None:
+        if not self.waiting:
+            return
         logits, labels, losses = zip(*self.waiting)
         logits, labels, self.waiting = torch.cat(logits), torch.cat(labels), []
         hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).sum(0)
-        self.sums = torch.stack([torch.stack(losses).double().sum(), hits[0], hits.sum()]) + self.sums
+        self.losses = torch.cat([self.losses.to(logits.device), torch.stack(losses)])
+        self.hits = self.hits.to(logits.device) + torch.stack([hits[0], hits.sum()])
 
     def averages(self) -> Averages:
-        if self.waiting:
-            self._count()
-        loss, top1, top5 = (self.sums / self.count).tolist()
+        """NaN where nothing has been added."""
+        self._count()
+        if self.count == 0:
+            return Averages(*3 * (float("nan"),))
+        loss, top1, top5 = torch.stack([self.losses.double().sum(), *self.hits]).div(self.count).tolist()
         return Averages(loss, 100 * top1, 100 * top5)
+
+    def state_dict(self) -> Dict[str, Any]:
+        self._count()
+        return {"losses": self.losses.cpu(), "hits": self.hits.cpu(), "count": self.count}
+
+    @classmethod
+    def from_state(cls, state: Dict[str, Any]) -> "Metrics":
+        metrics = cls()
+        metrics.losses, metrics.hits, metrics.count = state["losses"].float(), state["hits"].long(), int(state["count"])
+        return metrics

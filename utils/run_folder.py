@@ -3,12 +3,12 @@
 import tempfile
 from pathlib import Path
 
-from utils.checkpoint import BEST, LATEST
+from utils.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS
 from utils.errors import UserError
 from utils.run_record import RUN_RECORD
 from utils.tensorboard import FOLDER as TENSORBOARD
 
-_FILES = ("log.txt", "log.png", "log.pdf", "firing_rate.png", "firing_rate.pdf", RUN_RECORD, LATEST, BEST, TENSORBOARD)
+_FILES = ("log.txt", "log.png", "log.pdf", "firing_rate.png", "firing_rate.pdf", RUN_RECORD, LATEST, PREVIOUS, BEST, DAMAGED, TENSORBOARD)
 
 
 def check_writable(folder: Path) -> None:

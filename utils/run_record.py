@@ -15,6 +15,7 @@ import torch
 
 from utils.device import describe_device
 from utils.files import written_aside
+from utils.version import VERSION
 
 RUN_RECORD = "run.json"
 
@@ -44,7 +45,8 @@ def write_run_record(folder: Path, args: Namespace, seed: int, device: torch.dev
         "test_samples": {"used": used.test, "of": used.test_of},
         "device": str(device),
         "device_name": describe_device(device),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
+        "versions": {"project": VERSION, "python": platform.python_version(), "torch": str(torch.__version__),
+                     "numpy": numpy.__version__},
         "git_commit": git_commit(),
         "earlier_starts": _earlier_starts(folder / RUN_RECORD),
     }

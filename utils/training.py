@@ -1,6 +1,7 @@
 """One epoch of training and one pass of evaluation, as plain functions."""
 
 import gc
+import math
 from argparse import Namespace
 from typing import Callable, Optional
 
@@ -10,11 +11,15 @@ from progress.bar import Bar
 from torch import nn
 
 from modules.network import Observer
+from modules.solvers import Reading
 from utils.batches import Batches
+from utils.epoch_state import EpochState
 from utils.metrics import Averages, Metrics
 
 # Reading a metric waits for the device, so the bar shows new ones only so often.
 ITERATIONS_PER_BAR_UPDATE = 10
+# The distance from equilibrium costs a pass over the rates, and a few batches tell it.
+ITERATIONS_PER_RESIDUAL = 50
 
 
 def make_optimizer(network: nn.Module, args: Namespace) -> torch.optim.Optimizer:
@@ -24,34 +29,80 @@ def make_optimizer(network: nn.Module, args: Namespace) -> torch.optim.Optimizer
     return torch.optim.SGD(network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
 
 
-def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer,
-                    learning_rate: Callable[[int], float]) -> Averages:
-    """Train on every batch once; `learning_rate` gives the rate of the epoch's i-th iteration."""
+class NotFinite(ArithmeticError):
+    """In the epoch's `iteration` (from 0) the loss, or a current in the network, was infinite or not a number: no update was made."""
+
+    def __init__(self, iteration: int, loss: float):
+        self.iteration, self.what = iteration, f"the loss is {loss}"
+        if math.isfinite(loss):
+            self.what = f"the network's currents are not finite (while the loss, {loss:.4f}, is)"
+        super().__init__(f"{self.what} in iteration {iteration}")
+
+
+def nothing() -> None:
+    pass
+
+
+def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, learning_rate: Callable[[int], float],
+                    state: Optional[EpochState] = None, after_iteration: Callable[[], None] = nothing,
+                    on_nan: str = "stop") -> Averages:
+    """Train on every batch once; `learning_rate` gives the rate of the epoch's i-th iteration.
+
+    It goes on from `state`, which is up to date whenever `after_iteration` is called. Where the loss or a current is not finite, it
+    raises NotFinite, or for `on_nan` "skip" leaves the network and the metrics as they were before the batch and counts it.
+    """
     _spare_the_garbage_collector()
+    state = EpochState() if state is None else state
+    if state.order_state is None:
+        state.order_state, state.shape = torch.get_rng_state(), batches.shape
+        remaining = iter(batches)
+    else:
+        remaining = batches.after(state.iteration, state.order_state)
     network.train()
-    metrics = Metrics()
+    network.solver.tally = state.tally
+    # A neuron whose potential is not a number never spikes, so the loss can look healthy; the batch norms' statistics and the
+    # feedback's singular vectors, which every pass renews, show it, and their sum is finite only if they are.
+    statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
     with _bar("training", len(batches)) as bar:
-        for iteration, (x, labels) in enumerate(batches):
+        for x, labels in remaining:
+            iteration = state.iteration
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(iteration)
+            before = [buffer.clone() for buffer in network.buffers()] if on_nan == "skip" else []
+            network.measures_residual = iteration % ITERATIONS_PER_RESIDUAL == 0
             logits = network(x)
             loss = F.cross_entropy(logits, labels)
+            reading = Reading(loss.detach() + torch.cat(statistics).sum())
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
-            metrics.add(logits, labels, loss)
+            # The solve in there has read values that a GPU computes after the loss, so this waits for nothing.
+            if math.isfinite(reading.value()):
+                optimizer.step()
+                state.metrics.add(logits, labels, loss)
+                if network.residual is not None and network.measures_residual:
+                    state.residuals.append(network.residual)
+            elif on_nan == "stop":
+                raise NotFinite(iteration, loss.item())
+            else:
+                state.skipped += 1
+                for buffer, old in zip(network.buffers(), before):
+                    buffer.copy_(old)
+            state.iteration += 1
+            after_iteration()
             if iteration % ITERATIONS_PER_BAR_UPDATE == 0:
-                bar.show(iteration, metrics, f" | solver {network.solver.tally.mean_iterations:.1f} iterations")
-    return metrics.averages()
+                bar.show(iteration, state.metrics, f" | solver {state.tally.mean_iterations:.1f} iterations")
+    return state.metrics.averages()
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, batches: Batches, observe: Optional[Observer] = None) -> Averages:
-    """Loss and accuracy over all batches, in evaluation mode; `observe` sees every simulation."""
+def evaluate(network: nn.Module, batches: Batches, observe: Optional[Observer] = None,
+             between: Callable[[], None] = nothing) -> Averages:
+    """Loss and accuracy over all batches, in evaluation mode; `observe` sees every simulation, `between` is called before each batch."""
     network.eval()
     metrics = Metrics()
     with _bar("testing", len(batches)) as bar:
         for iteration, (x, labels) in enumerate(batches):
+            between()
             logits = network(x, observe=observe)
             metrics.add(logits, labels, F.cross_entropy(logits, labels))
             if iteration % ITERATIONS_PER_BAR_UPDATE == 0:
