@@ -45,12 +45,12 @@ def run(recipe: Recipe, args: Namespace) -> None:
     device = choose_device(args.device, args.gpu_id)
     seed = args.manualSeed if args.manualSeed is not None else torch.seed() % 2**31
     torch.manual_seed(seed)
-    network, checkpoint = _build(recipe, args, device)
+    network, checkpoint = build_network(recipe, args, device)
     folder = Path(args.checkpoint)
     start = None if args.evaluate else starting_point(network, args, checkpoint)
     if start or args.firing_rate:
         check_writable(folder)
-    train, test, used = _load(recipe, args, device)
+    train, test, used = load_samples(recipe, args, device)
     title = f"{recipe.description.format(dataset=args.dataset)}, {network.neuron.name}, T = {args.time_step}"
     parameters = sum(parameter.numel() for parameter in network.parameters())
     neurons = sum(network.neuron_counts)
@@ -67,19 +67,19 @@ def run(recipe: Recipe, args: Namespace) -> None:
         _report(network, test_batches, title, folder if args.firing_rate else None)
 
 
-def _build(recipe: Recipe, args: Namespace, device: torch.device) -> Tuple[FeedbackSNN, Optional[Checkpoint]]:
+def build_network(recipe: Recipe, args: Namespace, device: torch.device) -> Tuple[FeedbackSNN, Optional[Checkpoint]]:
     """The network on its device, with the tensors of the checkpoint to go on from, if there is one."""
     network = recipe.network(classes=recipe.datasets[args.dataset], neuron=make_neuron(args.vth, args.leaky),
                              time_steps=args.time_step, dropout=args.dropout,
                              solver=BackwardSolver(args.solver, args.tol, args.threshold), jacobian_bn=args.jacobian_bn,
-                             bf16_products=set_precision(args.precision))
+                             bf16_products=set_precision(args.precision), feedback_norm=args.feedback_norm)
     checkpoint = load_checkpoint(Path(args.resume)) if args.resume else None
     if checkpoint:
         restore_network(network, checkpoint, Path(args.resume))
     return network.to(device), checkpoint
 
 
-def _load(recipe: Recipe, args: Namespace, device: torch.device) -> Tuple[Optional[Samples], Samples, Used]:
+def load_samples(recipe: Recipe, args: Namespace, device: torch.device) -> Tuple[Optional[Samples], Samples, Used]:
     """The samples in use on the device, of the training set only to train; and how many they are of how many."""
     train, test = recipe.data(args)
     chosen_train, chosen_test = train.first(args.train_limit), test.first(args.test_limit)
