@@ -172,7 +172,7 @@ def _add_traces(page: Page, trained: Trained, x: Tensor, longest: int) -> None:
     trace, first = Trace(), x[:, :1] if trained.network.events else x[:1]
     lasting(trained.network, longest)(first, observe=trace)
     page.text("## Spikes and membrane potentials")
-    page.text("Of the first sample.")
+    page.text("Of the first sample; the membrane potentials are those of neurons that fire seldom, middling and often.")
     page.figure("spike raster", plot_raster(trace.of_layers(), page.folder / "raster"))
     page.figure("membrane potentials", plot_membranes(trace.of_layers(), trained.network.neuron.threshold, page.folder / "membranes"))
 

@@ -38,14 +38,15 @@ def _round_ticks(steps: Sequence[int]) -> List[int]:
     return [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if steps[0] <= tick <= steps[-1]]
 
 
-def plot_accuracy_over_time(accuracies: Mapping[int, float], trained: int, path: Path) -> List[Path]:
-    """Test accuracy over T, the T of the training marked."""
+def plot_accuracy_over_time(accuracies: Mapping[int, float], own: int, path: Path) -> List[Path]:
+    """Test accuracy over T, the network's own T marked."""
     figure, axis = new_figure()
     steps = sorted(accuracies)
     axis.semilogx(steps, [accuracies[T] for T in steps], color=BLUE, marker="o")
-    axis.axvline(trained, color="0.55", linestyle=":", linewidth=0.8)
-    axis.annotate(f"trained with T = {trained}", (trained, 0.04), xycoords=("data", "axes fraction"), xytext=(-3 if trained > 10 else 3, 0),
-                  textcoords="offset points", ha="right" if trained > 10 else "left", fontsize=7, color="0.35")
+    axis.axvline(own, color="0.55", linestyle=":", linewidth=0.8)
+    offset, side = (-3, "right") if own == steps[-1] else (3, "left")
+    axis.annotate(f"T = {own}", (own, 0.04), xycoords=("data", "axes fraction"), xytext=(offset, 0), textcoords="offset points", ha=side,
+                  fontsize=7, color="0.35")
     axis.set(xlabel="time steps T", ylabel="test accuracy (%)")
     plain_numbers(axis, "x", _round_ticks(steps))
     axis.grid(which="major")
@@ -58,7 +59,7 @@ def plot_solver_traces(traces: Mapping[str, Sequence[float]], tol: float, path: 
     # Solvers often agree to the eye: the later ones are drawn thinner, with larger empty markers.
     for place, ((method, values), colour, marker) in enumerate(zip(traces.items(), COLOURS, MARKERS)):
         axis.semilogy(range(1, len(values) + 1), values, color=colour, marker=marker, label=method, linewidth=1.6 - 0.4 * place,
-                      markersize=3 + 2 * place, markerfacecolor="none" if place else colour, markeredgewidth=0.8)
+                      markersize=3 + 1.5 * place, markerfacecolor="none" if place else colour, markeredgewidth=0.8)
     axis.axhline(tol, color="0.55", linestyle=":", linewidth=0.8, label=f"tolerance {tol:g}")
     axis.set(xlabel="iteration (product with Jᵀ)", ylabel="residual ‖g + Jᵀv − v‖ / ‖g‖")
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -86,7 +87,8 @@ def plot_raster(layers: Sequence[Tuple[Tensor, Tensor]], path: Path) -> List[Pat
         shown = np.unique(np.linspace(0, spikes.shape[1] - 1, MOST_NEURONS).round().astype(int))
         time, row = np.nonzero(spikes[:RASTER_STEPS, shown].cpu().numpy())
         axis.scatter(time + 1, row, s=7, marker="|", color=colour, linewidths=0.9)
-        axis.set(ylabel=f"{name}:\n{len(shown)} of {spikes.shape[1]:,d} neurons", yticks=[], ylim=(-1, len(shown)))
+        count = f"{len(shown)} of {spikes.shape[1]:,d}"
+        axis.set(ylabel=f"{count} neurons" if len(layers) == 1 else f"{name}\n{count}", yticks=[], ylim=(-1, len(shown)))
     axes[-1, 0].set(xlabel="time step", xlim=(0.5, min(len(layers[0][0]), RASTER_STEPS) + 0.5))
     axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     return save(figure, path)

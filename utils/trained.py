@@ -50,7 +50,7 @@ def find_arguments(path: Path, experiment: Optional[str], changes: Dict[str, Any
     given = {name: value for name, value in changes.items() if value is not None}
     vars(args).update({**checkpoint.arguments, **given, "resume": str(path), "evaluate": True})
     if args.dataset not in recipe.datasets or not checkpoint.arguments:
-        classes = len(checkpoint.state_dict["readout.bias"])
+        classes = len(checkpoint.state_dict.get("readout.bias", ()))
         args.dataset = next((name for name, count in recipe.datasets.items() if count == classes), next(iter(recipe.datasets)))
     return recipe, args
 
@@ -64,7 +64,8 @@ def _named(experiment: str) -> Recipe:
 
 
 def _fits(recipe: Recipe, checkpoint: Checkpoint) -> bool:
-    if checkpoint.arguments.get("dataset", next(iter(recipe.datasets))) not in recipe.datasets:
+    dataset = checkpoint.arguments.get("dataset", next(iter(recipe.datasets)))
+    if dataset not in recipe.datasets or "readout.bias" not in checkpoint.state_dict:
         return False
     with torch.device("meta"):
         network = recipe.network(classes=len(checkpoint.state_dict["readout.bias"]), neuron=make_neuron(1, 1), time_steps=1,
