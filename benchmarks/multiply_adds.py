@@ -16,7 +16,8 @@ class MapCosts(NamedTuple):
 
 
 def map_costs(network: FeedbackSNN) -> MapCosts:
-    hidden = [dense_macs(connection.map, connection.linear.weight, shape) for connection, shape in zip(network.hidden, network.layer_shapes)]
+    hidden = [dense_macs(connection.map, connection.linear.weight, shape)
+              for connection, shape in zip(network.hidden, network.layer_shapes)]
     return MapCosts(dense_macs(network.input.map, network.input.linear.weight, network.input_shape), hidden,
                     dense_macs(network.feedback.map, network.feedback.w, network.layer_shapes[-1]), network.readout.weight.numel())
 

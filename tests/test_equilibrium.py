@@ -204,7 +204,8 @@ def test_trace_shows_the_membrane_potentials(kind, dtype):
     trace, potentials = Trace(), []
     with torch.no_grad():
         network(x.to(dtype), observe=trace)
-        history, _ = naive.simulate(network, x.to(dtype), explicit_masks(network, [torch.ones(())] * (2 + len(network.hidden))), potentials)
+        masks = explicit_masks(network, [torch.ones(())] * (2 + len(network.hidden)))
+        history, _ = naive.simulate(network, x.to(dtype), masks, potentials)
     for layer, (spikes, potential) in enumerate(trace.of_layers()):
         assert torch.equal(spikes, torch.stack([step[layer][0].flatten() for step in history]))
         torch.testing.assert_close(potential, torch.stack([step[layer][0].flatten() for step in potentials]), atol=1e-5, rtol=1e-5)

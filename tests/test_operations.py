@@ -35,7 +35,7 @@ def reached_weights(module, input_shape):
     (k, _), (s, _), (p, _) = module.kernel_size, module.stride, module.padding
     transposed = isinstance(module, nn.ConvTranspose2d)
     out_height, out_width = module(torch.zeros(1, *input_shape, dtype=module.weight.dtype)).shape[2:]
-    for c, y, x, out, i, j in itertools.product(range(channels), range(height), range(width), range(module.out_channels), range(k), range(k)):
+    for c, y, x, _, i, j in itertools.product(*map(range, (channels, height, width, module.out_channels, k, k))):
         if transposed:
             inside = 0 <= y * s - p + i < out_height and 0 <= x * s - p + j < out_width
         else:
@@ -115,7 +115,8 @@ def test_energy_by_hand():
     assert [entry.exact for entry in operations] == [9, 12, 12] and [entry.formula for entry in operations] == [9, 18, 12]
     once, each, ann, ann_feedback = energies(operations, 4, events=False)
     assert (once.macs, once.acs, each.macs, each.acs) == (9, 24, 36, 24)
-    assert once.nanojoules == pytest.approx((9 * 4.6 + 24 * 0.9) / 1000) and each.nanojoules == pytest.approx((36 * 4.6 + 24 * 0.9) / 1000)
+    assert once.nanojoules == pytest.approx((9 * 4.6 + 24 * 0.9) / 1000)
+    assert each.nanojoules == pytest.approx((36 * 4.6 + 24 * 0.9) / 1000)
     assert (ann.macs, ann.acs, ann_feedback.macs) == (15, 0, 24)
     assert energies(operations, 4, events=False, formula=True)[0].acs == 30
 

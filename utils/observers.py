@@ -1,4 +1,4 @@
-"""What looks on while a network is simulated: pass one as `observe`, or several as `together(…)`; each starts anew with a batch's t = 0."""
+"""What looks on while a network is simulated: pass one as `observe`, or several as `together(…)`."""
 
 from typing import Callable, Collection, List
 
@@ -74,4 +74,5 @@ class Trace:
 
     def of_layers(self) -> List["tuple[Tensor, Tensor]"]:
         """(spikes, potentials) of each layer."""
-        return [(torch.stack(spikes), torch.stack(potentials)) for spikes, potentials in zip(zip(*self._spikes), zip(*self._potentials))]
+        layers = zip(zip(*self._spikes), zip(*self._potentials))
+        return [(torch.stack(spikes), torch.stack(potentials)) for spikes, potentials in layers]

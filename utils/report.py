@@ -160,8 +160,9 @@ def _add_gradient_check(page: Page, trained: Trained, x: Tensor, labels: Tensor)
     except ArithmeticError as error:
         raise UserError(f"--check-gradient: {error}; the network has no equilibrium that could be differentiated") from error
     page.text("## The implicit gradient")
-    page.text(f"Of a training batch, without dropout, by {solver.method} to {solver.tol:g}, against float64 solved to 1e-10 with products "
-              "by autograd. A gradient that is 0 but for rounding, such as that of a bias in front of a batch norm, has no relative error.")
+    page.text(f"Of a training batch, without dropout, by {solver.method} to {solver.tol:g}, against float64 solved to 1e-10 with "
+              "products by autograd. A gradient that is 0 but for rounding, such as that of a bias in front of a batch norm, has no "
+              "relative error.")
     page.table(["parameter", "norm of the gradient", "cosine", "relative error"],
                [[error.name, f"{error.norm:.2e}", *(("–", "–") if is_zero(error, errors) else
                                                     (f"{error.cosine:.8f}", f"{error.error:.1e}"))] for error in errors])

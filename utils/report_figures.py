@@ -119,7 +119,9 @@ def _lively(spikes: np.ndarray) -> List[int]:
     rates = spikes.mean(0)
     firing = np.flatnonzero(rates > 0)
     ordered = firing[np.argsort(rates[firing], kind="stable")]
-    return [int(ordered[int(share * (len(ordered) - 1))]) for share in np.linspace(0.1, 0.9, TRACES)] if len(ordered) >= TRACES else [*ordered]
+    if len(ordered) < TRACES:
+        return [*ordered]
+    return [int(ordered[int(share * (len(ordered) - 1))]) for share in np.linspace(0.1, 0.9, TRACES)]
 
 
 def plot_confusion(matrix: Tensor, path: Path) -> List[Path]:
