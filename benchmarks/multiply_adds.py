@@ -3,6 +3,7 @@
 from typing import List, NamedTuple
 
 from modules.network import FeedbackSNN
+from utils.operations import dense_macs
 
 
 class MapCosts(NamedTuple):
@@ -15,16 +16,10 @@ class MapCosts(NamedTuple):
 
 
 def map_costs(network: FeedbackSNN) -> MapCosts:
-    shapes = network.layer_shapes
-
-    def positions(shape) -> int:
-        return shape[1] * shape[2] if len(shape) == 3 else 1
-
-    # A filter is applied at each output position; a transposed one at each input position.
-    feedback_at = shapes[-1] if network.feedback.map.kind == "transposed" else shapes[0]
-    hidden = [connection.linear.weight.numel() * positions(shape) for connection, shape in zip(network.hidden, shapes[1:])]
-    return MapCosts(network.input.linear.weight.numel() * positions(shapes[0]), hidden,
-                    network.feedback.w.numel() * positions(feedback_at), network.readout.weight.numel())
+    hidden = [dense_macs(connection.map, connection.linear.weight, shape)
+              for connection, shape in zip(network.hidden, network.layer_shapes)]
+    return MapCosts(dense_macs(network.input.map, network.input.linear.weight, network.input_shape), hidden,
+                    dense_macs(network.feedback.map, network.feedback.w, network.layer_shapes[-1]), network.readout.weight.numel())
 
 
 def evaluation(network: FeedbackSNN) -> float:

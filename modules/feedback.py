@@ -1,6 +1,6 @@
 """The feedback connection: a spectrally normalised weight without bias or batch norm (method section 3)."""
 
-from typing import Optional, Tuple, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,8 @@ from modules.connection import masked, unit_norm_filters_
 from modules.linear_map import LinearMap
 
 INITIAL_POWER_ITERATIONS = 10
+# An operator's largest singular values lie close together, so that the first estimate takes longer.
+INITIAL_OPERATOR_ITERATIONS = 50
 
 
 def power_iteration(weight: Tensor, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
@@ -44,6 +46,9 @@ class Feedback(nn.Module):
 
     σ(w) is the largest singular value of w reshaped to (w.shape[0], −1), estimated as uᵀ W v. The template `linear`
     gives the kind of map, its weight's shape and its stride and padding; it must have no bias.
+
+    For a convolution that σ is not the norm of the operator, which can be several times larger. After `bound_operator`, σ(w) is the
+    largest singular value of the operator itself, by power iteration on layers instead of on the reshaped weight.
     """
 
     def __init__(self, linear: Union[nn.Linear, nn.Conv2d, nn.ConvTranspose2d]):
@@ -60,6 +65,30 @@ class Feedback(nn.Module):
             sigma, u, v = power_iteration(self.w.detach(), self.u)
             self._store(u, v)
         self.g = nn.Parameter(sigma)
+        self.operator_input: Optional[Tuple[int, ...]] = None
+
+    def bound_operator(self, input_shape: Sequence[int]) -> None:
+        """From now on σ is the norm of the operator on inputs of this shape, without the batch dimension; g starts at it anew.
+
+        u and v take the shapes of the operator's output and input. For a dense map that is what σ is anyway.
+        """
+        self.operator_input = tuple(input_shape)
+        self.u, self.v = self.w.new_empty(self.map.output_shape(input_shape, self.w)).normal_(), self.w.new_empty(self.operator_input)
+        for _ in range(INITIAL_OPERATOR_ITERATIONS):
+            sigma, u, v = self._operator_iteration()
+            self._store(u, v)
+        with torch.no_grad():
+            self.g.copy_(sigma)
+
+    @torch.no_grad()
+    def _operator_iteration(self) -> Tuple[Tensor, Tensor, Tensor]:
+        """As `power_iteration`, with the map and its adjoint in place of W and Wᵀ."""
+        tiny = torch.finfo(self.w.dtype).tiny
+        v = self.map.adjoint(self.u[None], self.w, self.operator_input)[0]
+        v = v / torch.linalg.vector_norm(v).clamp_min(tiny)
+        product = self.map(v[None], self.w)[0]
+        sigma = torch.linalg.vector_norm(product).clamp_min(tiny)
+        return sigma, product / sigma, v
 
     def normalised_weight(self) -> Tensor:
         """B for one forward pass, after one power iteration; differentiable in g and w with u and v held constant.
@@ -67,9 +96,12 @@ class Feedback(nn.Module):
         Training stores the advanced vectors. Evaluation advances from the stored ones and leaves them, so that it changes
         nothing and its result does not depend on the number or the order of its batches.
         """
-        sigma, u, v = power_iteration(self.w.detach(), self.u)
+        sigma, u, v = power_iteration(self.w.detach(), self.u) if self.operator_input is None else self._operator_iteration()
         if self.training:
             self._store(u, v)
+        if self.operator_input is not None:
+            sigma = (u * self.map(v[None], self.w)[0]).sum()
+            return self.w * (self.g.clamp(-1, 1) / sigma)
         return _SpectralNormalise.apply(self.w, self.g.clamp(-1, 1), sigma, u, v)
 
     def _store(self, u: Tensor, v: Tensor) -> None:

@@ -58,6 +58,12 @@ class Link(NamedTuple):
         q = v if self.gain is None else v * self.gain
         return self.map.adjoint(q if self.norm is None else self.norm(q), self.weight, self.input_shape)
 
+    def forward_product(self, u: Tensor) -> Tensor:
+        """The link of J itself, u ↦ gain · BN'(W u); the derivative of a batch norm is its own transpose."""
+        q = self.map(u, self.weight)
+        q = q if self.norm is None else self.norm(q)
+        return q if self.gain is None else q * self.gain
+
 
 class TransposedJacobian:
     """v ↦ Jᵀ v for the links of one lap in the order of the layers, the first holding the feedback; keeps v's shape and dtype."""
@@ -71,6 +77,13 @@ class TransposedJacobian:
         for link in reversed(self.links):
             v = link(v)
         return v.contiguous()
+
+    @torch.no_grad()
+    def forward_product(self, u: Tensor) -> Tensor:
+        """J u, of u's shape and dtype."""
+        for link in self.links:
+            u = link.forward_product(u)
+        return u
 
     def solve_by_kernel(self, gradient: Tensor, tol: float, max_iterations: int) -> Optional[Solution]:
         """Solve v = gradient + Jᵀ v of a single layer by the C kernel, sample by sample; None where it can't serve or would be slower."""

@@ -29,18 +29,21 @@ class FeedbackSNN(nn.Module):
     With a `surrogate` (modules/bptt.py) the gradient is that of back-propagation through time instead, of the same forward values.
     While `measures_residual` is set, each pass with a gradient leaves its rate's distance from equilibrium in `residual`:
     ‖f(a) − a‖ over the batch, relative to the larger of ‖a‖ and ‖f(a)‖, a tensor () on the network's device.
+    `feedback_norm` says which norm of the feedback is bounded: that of its weight as a matrix (the paper's) or the "operator"'s.
     """
 
     def __init__(self, input_shape: Sequence[int], input: Connection, hidden: Sequence[Connection], feedback: Feedback,
                  classes: int, neuron: Neuron, time_steps: int, dropout: float = 0.0, events: bool = False,
                  solver: Optional[BackwardSolver] = None, jacobian_bn: str = "train", bf16_products: bool = False,
-                 surrogate: Optional[Fire] = None):
+                 surrogate: Optional[Fire] = None, feedback_norm: str = "matrix"):
         super().__init__()
         self.input, self.hidden, self.feedback = input, nn.ModuleList(hidden), feedback
         self.neuron, self.time_steps, self.dropout, self.events = neuron, time_steps, dropout, events
         self.solver = solver or BackwardSolver()
         if jacobian_bn not in ("train", "eval"):
             raise ValueError(f"jacobian_bn is train or eval, not {jacobian_bn!r}")
+        if feedback_norm not in ("matrix", "operator"):
+            raise ValueError(f"feedback_norm is matrix or operator, not {feedback_norm!r}")
         self.jacobian_bn, self.bf16_products, self.surrogate = jacobian_bn, bf16_products, surrogate
         self._graphed = GraphedSimulations()
         self.measures_residual, self.residual = False, None
@@ -48,6 +51,8 @@ class FeedbackSNN(nn.Module):
         self.layer_shapes = [self.input.output_shape(self.input_shape)]
         for connection in self.hidden:
             self.layer_shapes.append(connection.output_shape(self.layer_shapes[-1]))
+        if feedback_norm == "operator":
+            self.feedback.bound_operator(self.layer_shapes[-1])
         self.readout = nn.Linear(torch.Size(self.layer_shapes[-1]).numel(), classes)
 
     @property
@@ -81,17 +86,21 @@ class FeedbackSNN(nn.Module):
         `rate` is (batch, *last layer's shape), `current` = F x̄ (batch, *first layer's shape) and `weight` the normalised
         feedback. Batch norms follow the module's mode.
         """
-        rate, _ = self.neuron.equilibrium(current + self.feedback(rate, weight, masks.feedback))
+        return self.lap(rate, current, weight, masks)[-1]
+
+    def lap(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> List[Tensor]:
+        """The rates of all layers on the lap of `equilibrium_map`, whose value is the last of them."""
+        rates = [self.neuron.equilibrium(current + self.feedback(rate, weight, masks.feedback))[0]]
         for connection, mask in zip(self.hidden, masks.hidden or [None] * len(self.hidden)):
-            rate, _ = self.neuron.equilibrium(connection(rate, mask))
-        return rate
+            rates.append(self.neuron.equilibrium(connection(rates[-1], mask))[0])
+        return rates
 
     def _with_gradient(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks) -> Tensor:
         """`rate` with the implicit gradient; J is taken at the rate for one layer, at f(rate) with hidden layers."""
         if self.hidden:
             mapped = self.equilibrium_map(rate, current, weight, masks)
             self._measure(rate, mapped)
-            return attach_gradient(rate, mapped, self._jacobian(mapped, current, weight, masks), self.solver)
+            return attach_gradient(rate, mapped, self.transposed_jacobian(mapped, current, weight, masks), self.solver)
         # The one evaluation of f, at the rate, gives the value and the slope.
         mapped, slope = self.neuron.equilibrium(current + self.feedback(rate, weight, masks.feedback))
         self._measure(rate, mapped)
@@ -106,12 +115,12 @@ class FeedbackSNN(nn.Module):
             self.residual = torch.linalg.vector_norm(mapped - rate) / size.clamp_min(torch.finfo(size.dtype).tiny)
 
     @torch.no_grad()
-    def _jacobian(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks) -> TransposedJacobian:
+    def transposed_jacobian(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> TransposedJacobian:
         """Jᵀ of f at `rate`; the batch norms of hidden connections as in f, or on running statistics for jacobian_bn "eval"."""
         training = self.training and self.jacobian_bn == "train"
         layer_rate, slope = self.neuron.equilibrium(current + self.feedback(rate, weight, masks.feedback))
         links = [Link(self.feedback.map, weight, rate.shape[1:], masked(slope, masks.feedback))]
-        for connection, mask in zip(self.hidden, masks.hidden):
+        for connection, mask in zip(self.hidden, masks.hidden or [None] * len(self.hidden)):
             drive, link = connection.linearised(layer_rate, training)
             layer_rate, slope = self.neuron.equilibrium(masked(drive, mask))
             links.append(link._replace(gain=masked(slope, mask)))

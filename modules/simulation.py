@@ -156,7 +156,8 @@ def simulate(loop: Loop, input: "StaticInput | EventInput", time_steps: int, obs
         layer 1:      I_1(t) = F x(t) + B s_L(t−1)
         layer l > 1:  I_l(t) = W_l s_{l−1}(t)
 
-    `observe(t, spikes)` sees every layer's spikes at every step, all samples at once.
+    `observe(t, spikes)` sees every layer's spikes at every step, all samples at once. If it has a method `potentials(t, potentials)`,
+    that sees every layer's membrane potentials u(t), before the reset.
     """
     if observe is None and len(loop.shapes) == 1 and isinstance(input, StaticInput):
         rate = _simulate_layer(loop, input, time_steps)
@@ -192,4 +193,6 @@ def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: i
             layer.step(None, synapses, before, mask)
         if observe is not None:
             observe(t, [layer.spikes.clone() for layer in layers])
+            if hasattr(observe, "potentials"):
+                observe.potentials(t, [layer.potential.clone() for layer in layers])
     return layers[-1].rate()

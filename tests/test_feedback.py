@@ -6,6 +6,8 @@ from torch import nn
 
 from modules.connection import Connection, dropout_mask
 from modules.feedback import Feedback
+from modules.neuron import make_neuron
+from modules.zoo import f64c5_mnist
 
 FEEDBACKS = {
     "dense": (lambda: nn.Linear(6, 6, bias=False), (6,), (6,)),
@@ -77,3 +79,62 @@ def test_dropout_mask_is_bernoulli_over_its_keep_probability(p):
 def test_a_bias_in_the_feedback_is_refused():
     with pytest.raises(ValueError, match="bias"):
         Feedback(nn.Linear(3, 3))
+
+
+def dense_operator(feedback, weight, shape):
+    """The matrix of the map s ↦ B s on inputs of this shape."""
+    units = torch.eye(torch.Size(shape).numel(), dtype=weight.dtype).view(-1, *shape)
+    return feedback(units, weight).flatten(1).t()
+
+
+@pytest.mark.parametrize("kind", FEEDBACKS)
+def test_operator_norm_is_that_of_a_dense_svd(kind):
+    build, last, first = FEEDBACKS[kind]
+    feedback = Feedback(build()).double()
+    feedback.bound_operator(last)
+    assert feedback.u.shape == first and feedback.v.shape == last
+    exact = torch.linalg.svdvals(dense_operator(feedback, feedback.w.detach(), last))[0].item()
+    assert feedback.g.item() == pytest.approx(exact, rel=0.02)
+    with torch.no_grad():
+        feedback.g.fill_(0.8)
+    for _ in range(1000):
+        weight = feedback.normalised_weight()
+    operator = dense_operator(feedback, weight.detach(), last)
+    assert torch.linalg.svdvals(operator)[0].item() == pytest.approx(0.8, rel=1e-4)
+    matrix = torch.linalg.svdvals(weight.detach().flatten(1))[0].item()
+    assert matrix == pytest.approx(0.8, rel=1e-5) if kind == "dense" else matrix < 0.75, "the two norms are different things"
+
+
+@pytest.mark.parametrize("kind", FEEDBACKS)
+def test_gradient_flows_through_the_operators_sigma(kind):
+    """With u and v constant, against finite differences of g w / ⟨u, w ∗ v⟩."""
+    build, last, _ = FEEDBACKS[kind]
+    feedback = Feedback(build()).double()
+    feedback.bound_operator(last)
+    with torch.no_grad():
+        feedback.g.fill_(0.6)
+    weight = feedback.normalised_weight()
+    probe = torch.randn_like(weight)
+    (weight * probe).sum().backward()
+
+    def naive(w):
+        return (0.6 * w / (feedback.u * feedback.map(feedback.v[None], w)[0]).sum() * probe).sum().item()
+
+    w, step = feedback.w.detach(), 1e-6
+    for index in range(0, w.numel(), 7):
+        change = torch.zeros_like(w)
+        change.view(-1)[index] = step
+        assert feedback.w.grad.view(-1)[index].item() == pytest.approx((naive(w + change) - naive(w - change)) / (2 * step), abs=1e-7)
+
+
+def test_operator_norm_in_a_network_leaves_the_matrix_norms_checkpoints_as_they_are():
+    settings = dict(size=8, neuron=make_neuron(2.0, 1.0), time_steps=2)
+    published, bounded = f64c5_mnist(3, **settings).eval(), f64c5_mnist(3, **settings, feedback_norm="operator").eval()
+    assert published.state_dict().keys() == bounded.state_dict().keys()
+    assert published.feedback.u.shape == (3,) and bounded.feedback.u.shape == (3, 4, 4)
+    assert torch.equal(bounded.feedback.normalised_weight(), bounded.feedback.normalised_weight()), "evaluation stores nothing"
+    again = f64c5_mnist(3, **settings, feedback_norm="operator").eval()
+    again.load_state_dict(bounded.state_dict())
+    assert torch.equal(again.feedback.normalised_weight(), bounded.feedback.normalised_weight())
+    with pytest.raises(ValueError, match="feedback_norm"):
+        f64c5_mnist(3, **settings, feedback_norm="none")

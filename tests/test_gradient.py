@@ -61,7 +61,7 @@ def test_products_equal_autograds(kind, jacobian_bn):
     with torch.no_grad():
         current, weight = network.input(network._mean_input(x), masks.input), network.feedback.normalised_weight()
         point = torch.rand(len(current), *network.layer_shapes[-1], dtype=x.dtype)
-    jacobian = network._jacobian(point, current, weight, masks)
+    jacobian = network.transposed_jacobian(point, current, weight, masks)
     network.hidden.train(jacobian_bn == "train")
     reference = autograd_vjp(lambda a: network.equilibrium_map(a, current, weight, masks), point)
     v = torch.randn_like(point)

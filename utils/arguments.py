@@ -64,6 +64,8 @@ def _add_network_flags(parser: argparse.ArgumentParser) -> None:
                        help="leak λ: the LIF model for 0 < λ < 1, the IF model without leak for any other value")
     group.add_argument("--drop", "--dropout", dest="dropout", type=real(at_least=0, below=1), default=0.2,
                        help="variational dropout: probability that a unit's input from one connection is dropped for a pass")
+    group.add_argument("--feedback-norm", choices=("matrix", "operator"), default="matrix",
+                       help="norm of the feedback that is at most 1: its weight's as a matrix, as published, or the convolution's own")
 
 
 def _add_gradient_flags(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,7 @@ def run(recipe: Recipe, args: Namespace, interruption: Interruption) -> None:
     set_deterministic(args.deterministic)
     seed = args.manualSeed if args.manualSeed is not None else 0 if args.deterministic else torch.seed() % 2**31
     torch.manual_seed(seed)
-    network = _build(recipe, args)
+    network = build_network(recipe, args)
     source, checkpoint = _source(args, folder)
     if checkpoint:
         restore_network(network, checkpoint, source)
@@ -67,7 +67,7 @@ def run(recipe: Recipe, args: Namespace, interruption: Interruption) -> None:
     if state and state.finished and not args.firing_rate:
         _finish(state, folder, source)
         return
-    train, test, used = _load(recipe, args, device)
+    train, test, used = load_samples(recipe, args, device)
     title = f"{recipe.description.format(dataset=args.dataset)}, {network.neuron.name}, T = {args.time_step}"
     parameters = sum(parameter.numel() for parameter in network.parameters())
     neurons = sum(network.neuron_counts)
@@ -102,12 +102,14 @@ def _source(args: Namespace, folder: Path) -> Tuple[Optional[Path], Optional[Che
     return None, None
 
 
-def _build(recipe: Recipe, args: Namespace) -> FeedbackSNN:
+def build_network(recipe: Recipe, args: Namespace) -> FeedbackSNN:
+    """The network that the recipe and the flags describe, on the CPU."""
     return recipe.network(classes=recipe.datasets[args.dataset], neuron=make_neuron(args.vth, args.leaky),
                           time_steps=args.time_step, dropout=args.dropout,
                           solver=BackwardSolver(args.solver, args.tol, args.threshold), jacobian_bn=args.jacobian_bn,
                           bf16_products=set_precision(args.precision),
-                          surrogate=SURROGATES[args.surrogate] if args.gradient == "bptt" else None)
+                          surrogate=SURROGATES[args.surrogate] if args.gradient == "bptt" else None,
+                          feedback_norm=args.feedback_norm)
 
 
 def _finish(state: RunState, folder: Path, source: Path) -> None:
@@ -119,7 +121,7 @@ def _finish(state: RunState, folder: Path, source: Path) -> None:
           "To train on, raise --epochs.")
 
 
-def _load(recipe: Recipe, args: Namespace, device: torch.device) -> Tuple[Optional[Samples], Samples, Used]:
+def load_samples(recipe: Recipe, args: Namespace, device: torch.device) -> Tuple[Optional[Samples], Samples, Used]:
     """The samples in use on the device, of the training set only to train; and how many they are of how many."""
     train, test = recipe.data(args)
     chosen_train, chosen_test = train.first(args.train_limit), test.first(args.test_limit)
