@@ -30,6 +30,7 @@ from utils.arguments import parse_arguments
 from utils.checkpoint import Checkpoint, load_checkpoint, random_state, restore_network, restore_optimizer, save_checkpoint
 from utils.cifar_files import parse_batch
 from utils.cifar_sheets import TRAIN_SHEETS, repack_sheets
+from utils.epoch_state import EpochState
 from utils.errors import UserError
 from utils.idx import read_idx
 from utils.log import COLUMNS, Log, read_log
@@ -382,7 +383,9 @@ def checkpoint(folder):
     network, optimizer = trained()
     path, here = folder / "checkpoint.pth.tar", small()
     save_checkpoint(Checkpoint(2, network.state_dict(), 50.0, 60.0, optimizer.state_dict(), random_state=random_state(),
-                               arguments={"optimizer": "SGD", "lr": 0.1, "schedule": [1, 2], "resume": None}), path)
+                               arguments={"optimizer": "SGD", "lr": 0.1, "schedule": [1, 2], "resume": None},
+                               log_rows=[[0.1, 2.0, 1.0, 40.0, 50.0]] * 2,
+                               partial=EpochState(3, torch.get_rng_state(), (60, 20), residuals=[0.5])), path)
     own = torch.load(path, weights_only=True)
     published_file(network, {name: {"momentum_buffer": torch.ones_like(p)} for name, p in network.named_parameters()}, path)
     published = torch.load(path, weights_only=True)

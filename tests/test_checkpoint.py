@@ -60,7 +60,7 @@ def test_published_file_through_the_command_line(tmp_path):
 
 def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth.tar"
-    checkpoint = Checkpoint(1, {"w": torch.zeros(3)}, 1.0, 2.0, optimizer={}, random_state={}, arguments={})
+    checkpoint = Checkpoint(1, {"w": torch.zeros(3)}, 1.0, 2.0, optimizer={}, random_state=None, arguments={})
     save_checkpoint(checkpoint, path)
     before = path.read_bytes()
 

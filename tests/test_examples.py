@@ -72,7 +72,7 @@ def test_the_new_networks_jacobian_equals_autograds():
     v = torch.randn_like(point)
     expected = autograd_vjp(lambda a: network.equilibrium_map(a, current, weight, masks), point)(v)
     assert network.layer_shapes == [(2, 14, 14), (3, 7, 7)] and expected.norm() > 0.01 * v.norm()
-    torch.testing.assert_close(network._jacobian(point, current, weight, masks)(v), expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(network.transposed_jacobian(point, current, weight, masks)(v), expected, atol=1e-12, rtol=1e-12)
 
 
 def test_the_new_data_set_can_be_learnt():

@@ -84,7 +84,7 @@ def test_experiment_is_found_by_data_set_and_shapes(recipe, norm, tmp_path):
     with torch.device("meta"):
         network = recipe.network(classes=10, neuron=make_neuron(2, 1), time_steps=9, feedback_norm=norm)
     tensors = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in network.state_dict().items()}
-    save_checkpoint(Checkpoint(1, tensors, 1.0, 1.0, {}, random_state={}, arguments=vars(args)), tmp_path / "file")
+    save_checkpoint(Checkpoint(1, tensors, 1.0, 1.0, {}, random_state=None, arguments=vars(args)), tmp_path / "file")
     found, arguments = find_arguments(tmp_path / "file", None, dict(path="elsewhere", vth=None))
     assert found is recipe
     assert (arguments.leaky, arguments.time_step, arguments.path, arguments.vth) == (1.0, 9, "elsewhere", 2.0)
@@ -134,7 +134,7 @@ def test_operator_norm_from_the_command_line(tmp_path):
 def test_report_refuses(more, named, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    save_checkpoint(Checkpoint(1, {"readout.bias": torch.zeros(3)}, 1.0, 1.0, {}, random_state={}), tmp_path / "other")
+    save_checkpoint(Checkpoint(1, {"readout.bias": torch.zeros(3)}, 1.0, 1.0, {}, random_state=None), tmp_path / "other")
     before = contents(tmp_path)
     status, _, err = run(report, "--resume", trained / "if/model_best.pth.tar", "--out", "out", *more)
     assert status == 2 and named in err.strip().splitlines()[-1] and contents(tmp_path) == before

@@ -105,7 +105,7 @@ def test_a_signal_during_the_evaluation_loses_no_training(train, tmp_path, monke
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_training_stops_at_once(number, train, monkeypatch, tmp_path):
-    monkeypatch.setattr("utils.experiment._load", lambda *_: send(number)())
+    monkeypatch.setattr("utils.experiment.load_samples", lambda *_: send(number)())
     status, out, err = train("run")
     assert status == 128 + number and "Stopped by" in err and not (tmp_path / "run").exists()
 

@@ -9,8 +9,8 @@ import torch
 from termcolor import cprint
 from torch import Tensor, nn
 
-from utils.checkpoint_checks import (check_fits, check_optimizer, check_published_optimizer, check_random_state,
-                                     checked_accuracy, checked_epoch, checked_tensors)
+from utils.checkpoint_checks import (check_fits, check_optimizer, check_partial_epoch, check_published_optimizer,
+                                     check_random_state, checked_accuracy, checked_epoch, checked_rows, checked_tensors)
 from utils.checkpoint_file import read_tensors
 from utils.epoch_state import EpochState
 from utils.errors import UserError
@@ -99,7 +99,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"--resume {path}: the file is not a readable checkpoint ({error})") from error
     try:
         return _from_contents(contents)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = str(error) if type(error) is ValueError else "a part of it is missing or of another kind"
         raise UserError(f"--resume {path}: the file holds no checkpoint of a feedback spiking network ({reason})") from error
 
@@ -115,10 +115,11 @@ def _from_contents(contents: Dict[str, Any]) -> Checkpoint:
     check_random_state(contents["random_state"])
     if not isinstance(contents["arguments"], dict) or not isinstance(contents["optimizer"], dict):
         raise ValueError("its arguments or its optimizer are no table")
-    rows, partial = contents.get("log_rows"), contents.get("partial")
+    partial = contents.get("partial")
+    check_partial_epoch(partial)
     return Checkpoint(state_dict=state_dict, optimizer=contents["optimizer"], random_state=contents["random_state"],
-                      arguments=dict(contents["arguments"]), best_epoch=int(contents.get("best_epoch", 0)),
-                      log_rows=None if rows is None else [[*map(float, row)] for row in rows],
+                      arguments=contents["arguments"], best_epoch=checked_epoch(contents.get("best_epoch", 0)),
+                      log_rows=checked_rows(contents.get("log_rows")),
                       partial=EpochState.from_state(partial) if partial else None,
                       torch_version=str(contents.get("torch_version", "unknown")),
                       project_version=str(contents.get("project_version", "unknown")), **common)

@@ -1,11 +1,14 @@
 """What a checkpoint must hold before a run may go on from it. Each check raises ValueError with the reason."""
 
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from torch import Tensor, nn
 
+from utils.log import COLUMNS
+
 MOST_EPOCHS = 10**9
+MOST_SAMPLES = 2**40
 
 
 def checked_epoch(value: Any) -> int:
@@ -72,9 +75,37 @@ def check_random_state(state: Any) -> None:
     """None, or the states of PyTorch's generators, of which the CPU's is one here too."""
     if state is None:
         return
-    if not isinstance(state, dict) or not isinstance(state.get("cpu"), Tensor) or not isinstance(state.get("cuda"), list):
+    if not isinstance(state, dict) or not isinstance(state.get("cuda"), list):
         raise ValueError("its random_state is no table of generators' states")
+    check_generator_state(state.get("cpu"))
+
+
+def check_generator_state(state: Any) -> None:
     try:
-        torch.Generator().set_state(state["cpu"])
+        torch.Generator().set_state(state)
     except (RuntimeError, TypeError) as error:
         raise ValueError("its random_state is not one of PyTorch's") from error
+
+
+def checked_rows(value: Any) -> Optional[List[List[float]]]:
+    """The rows of a log, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(row, list) and len(row) == len(COLUMNS)
+                                              and all(type(cell) in (int, float) for cell in row) for row in value):
+        raise ValueError("its log_rows are no rows of a log")
+    return [[*map(float, row)] for row in value]
+
+
+def check_partial_epoch(state: Any) -> None:
+    """None, or the state of an epoch that is part done (utils/epoch_state.py)."""
+    if state is None:
+        return
+    counts = [state["iteration"], state["skipped"], *state["shape"]]
+    if any(type(count) is not int or not 0 <= count <= MOST_SAMPLES for count in counts) or state["iteration"] < 1:
+        raise ValueError("its epoch's counts are no whole numbers")
+    losses, hits = state["metrics"]["losses"], state["metrics"]["hits"]
+    sums = [*state["tally"].values(), *state["residuals"], state["metrics"]["count"]]
+    if losses.dim() != 1 or hits.shape != (2,) or not all(type(number) in (int, float) for number in sums):
+        raise ValueError("its epoch's sums are no numbers")
+    check_generator_state(state["order_state"])

@@ -18,7 +18,7 @@ from utils.recordings import DamagedRecording
 
 ZIP_MD5 = {"Train": "20959b8e626244a1b502305a9e6e2031", "Test": "69ca8762b2fe404d9b9bad1103e97832"}
 SPLITS = tuple(ZIP_MD5)
-LARGEST = 2**22  # bytes of a recording, a hundred times the largest of N-MNIST: no damaged file may fill the memory
+LARGEST = 2**20  # bytes of a recording, 25 times the largest of N-MNIST: no damaged file may fill the memory
 TOGETHER = 16    # recordings decoded at once; their arrays still fit into a core's cache
 NAME = re.compile(r"([0-9]{1,9})\.(bin|dat)")
 ZIP_MEMBER = re.compile(r"(?!__MACOSX/)(?:.*/)?([0-9])/([0-9]{1,9})\.bin")

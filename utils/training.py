@@ -62,7 +62,7 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
     network.solver.tally = state.tally
     # A neuron whose potential is not a number never spikes, so the loss can look healthy; the batch norms' statistics and the
     # feedback's singular vectors, which every pass renews, show it, and their sum is finite only if they are.
-    statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    statistics = [buffer.view(-1) for buffer in network.buffers() if buffer.is_floating_point()]
     with _bar("training", len(batches)) as bar:
         for x, labels in remaining:
             iteration = state.iteration
