@@ -10,10 +10,17 @@ from examples import new_dataset, new_network, new_neuron, new_solver
 from modules.bptt import SURROGATES
 from modules.implicit import autograd_vjp
 from modules.neuron import Neuron, resting_state
-from modules.solvers import solve
+from modules.solvers import METHODS, solve
 from tests.small_data import command, write_small_data, write_small_mnist
 
+# Other tests go through all of METHODS, and mean the project's own.
+del METHODS["richardson"]
 EXAMPLES = (new_neuron, new_solver, new_network, new_dataset)
+
+
+@pytest.fixture(autouse=True)
+def _with_richardson(monkeypatch):
+    monkeypatch.setitem(METHODS, "richardson", new_solver.Richardson)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.__name__)
