@@ -168,7 +168,7 @@ def test_what_the_runner_refuses(nir):
 
 
 def saved(network, path, **arguments):
-    save_checkpoint(Checkpoint(1, network.state_dict(), 0.0, 0.0, arguments=arguments), path)
+    save_checkpoint(Checkpoint(1, network.state_dict(), 0.0, 0.0, optimizer={}, arguments=arguments), path)
     return path
 
 
