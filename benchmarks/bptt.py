@@ -16,11 +16,11 @@ import time
 from typing import Any, Dict, List
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.machine import describe_machine
 from benchmarks.results import FOLDER
+from benchmarks.timed_step import timed_step
 from benchmarks.worker import Worker
 from modules.neuron import make_neuron
 from modules.zoo import f64c5_mnist
@@ -102,12 +102,7 @@ class Side:
             self.step()
 
     def step(self) -> float:
-        """Seconds of a training step."""
-        start = time.perf_counter()
-        self.optimizer.zero_grad()
-        F.cross_entropy(self.network(self.x), self.labels).backward()
-        self.optimizer.step()
-        return time.perf_counter() - start
+        return timed_step(self.network, self.optimizer, self.x, self.labels)
 
     def simulate(self) -> float:
         """Seconds of a simulation without a gradient."""

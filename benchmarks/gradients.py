@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
 import torch
-import torch.nn.functional as F
 
 import fmnist_mlp
 import mnist_conv
 from benchmarks.machine import describe_machine
 from benchmarks.results import FOLDER
+from benchmarks.timed_step import timed_step
 from benchmarks.worker import Worker
 from modules.bptt import SURROGATES
 from modules.neuron import make_neuron
@@ -55,12 +55,7 @@ class Side:
             self.step()
 
     def step(self) -> float:
-        """Seconds of a training step."""
-        start = time.perf_counter()
-        self.optimizer.zero_grad()
-        F.cross_entropy(self.network(self.x), self.labels).backward()
-        self.optimizer.step()
-        return time.perf_counter() - start
+        return timed_step(self.network, self.optimizer, self.x, self.labels)
 
 
 def measure_steps(name: str, time_steps: int, args: argparse.Namespace) -> Dict[str, Dict[str, float]]:
