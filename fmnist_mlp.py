@@ -6,7 +6,7 @@
 """
 
 from modules.zoo import f400
-from utils.datasets import load_fashion_mnist
+from utils.data.datasets import load_fashion_mnist
 from utils.experiment import main
 from utils.recipe import Recipe
 

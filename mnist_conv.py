@@ -7,7 +7,7 @@
 """
 
 from modules.zoo import f64c5_mnist
-from utils.datasets import load_mnist
+from utils.data.datasets import load_mnist
 from utils.experiment import main
 from utils.recipe import Recipe
 

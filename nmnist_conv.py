@@ -7,10 +7,10 @@
 """
 
 from modules.zoo import f64c5_nmnist
+from utils.data.nmnist import load_nmnist
+from utils.data.recordings import BINNINGS
 from utils.experiment import main
-from utils.nmnist import load_nmnist
 from utils.recipe import Recipe
-from utils.recordings import BINNINGS
 
 
 def data(args):

@@ -24,7 +24,7 @@ from benchmarks.timed_step import timed_step
 from benchmarks.worker import Worker
 from modules.neuron import make_neuron
 from modules.zoo import f64c5_mnist
-from utils.datasets import load_mnist
+from utils.data.datasets import load_mnist
 
 THRESHOLD, LEAK, CHANNELS = 2.0, 0.95, 64
 

@@ -22,10 +22,10 @@ from benchmarks.yardstick import yardstick_epoch, yardstick_f400
 from fmnist_mlp import RECIPE
 from modules.neuron import make_neuron
 from utils.arguments import parse_arguments
-from utils.batches import Batches
-from utils.firing_rate import FiringRates
+from utils.data.batches import Batches
+from utils.data.torchvision_import import import_torchvision
+from utils.instruments.firing_rate import FiringRates
 from utils.training import evaluate, make_optimizer, train_one_epoch
-from utils.torchvision_import import import_torchvision
 
 
 class Project:

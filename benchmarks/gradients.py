@@ -28,7 +28,7 @@ from benchmarks.worker import Worker
 from modules.bptt import SURROGATES
 from modules.neuron import make_neuron
 from modules.zoo import f64c5_mnist, f400
-from utils.datasets import load_fashion_mnist, load_mnist
+from utils.data.datasets import load_fashion_mnist, load_mnist
 from utils.experiment import main as train
 from utils.log import read_log
 

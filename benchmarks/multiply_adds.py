@@ -3,7 +3,7 @@
 from typing import List, NamedTuple
 
 from modules.network import FeedbackSNN
-from utils.operations import dense_macs
+from utils.instruments.operations import dense_macs
 
 
 class MapCosts(NamedTuple):

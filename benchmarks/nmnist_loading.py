@@ -16,7 +16,7 @@ from typing import Callable
 import numpy as np
 
 from utils.convert_nmnist import main as convert
-from utils.nmnist import load_nmnist
+from utils.data.nmnist import load_nmnist
 
 
 def parse(path: Path, time_steps: int) -> np.ndarray:

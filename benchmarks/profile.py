@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.steps import CASES, NETWORKS, WARM_STEPS, build, load_images
-from utils.batches import Batches
+from utils.data.batches import Batches
 
 
 def main() -> None:

@@ -23,10 +23,10 @@ from benchmarks.worker import Worker
 from benchmarks.yardstick import copy_weights, yardstick_alexnet_f, yardstick_f400, yardstick_f64c5
 from modules.neuron import make_neuron
 from modules.zoo import alexnet_f, f64c5_mnist, f400
-from utils.batches import Batches
 from utils.checkpoint import load_checkpoint
-from utils.datasets import load_cifar, load_fashion_mnist, load_mnist
-from utils.firing_rate import FiringRates
+from utils.data.batches import Batches
+from utils.data.datasets import load_cifar, load_fashion_mnist, load_mnist
+from utils.instruments.firing_rate import FiringRates
 
 
 class Case(NamedTuple):

@@ -9,7 +9,7 @@ and whole-number labels. Each batch may be prepared where it lies (a third argum
 import torch
 
 from modules.zoo import f400
-from utils.batches import Samples
+from utils.data.batches import Samples
 from utils.experiment import main
 from utils.recipe import Recipe
 

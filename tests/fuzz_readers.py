@@ -25,17 +25,17 @@ from modules.neuron import make_neuron
 from modules.zoo import f400
 from tests.published_layout import published_file
 from tests.small_data import write_small_nmnist
-from utils import nmnist
 from utils.arguments import parse_arguments
 from utils.checkpoint import Checkpoint, load_checkpoint, random_state, restore_network, restore_optimizer, save_checkpoint
-from utils.cifar_files import parse_batch
-from utils.cifar_sheets import TRAIN_SHEETS, repack_sheets
+from utils.data import nmnist
+from utils.data.cifar_files import parse_batch
+from utils.data.cifar_sheets import TRAIN_SHEETS, repack_sheets
+from utils.data.idx import read_idx
+from utils.data.nmnist import load_nmnist
+from utils.data.recordings import BINNINGS, FRAME_BYTES, DamagedRecording, raw_frames, raw_to_text, text_frames
 from utils.epoch_state import EpochState
 from utils.errors import UserError
-from utils.idx import read_idx
 from utils.log import COLUMNS, Log, read_log
-from utils.nmnist import load_nmnist
-from utils.recordings import BINNINGS, FRAME_BYTES, DamagedRecording, raw_frames, raw_to_text, text_frames
 from utils.run_record import _earlier_starts
 
 

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import chisquare
 
-from utils.augment import normalise, random_crop_flip
-from utils.batches import Batches
-from utils.images import Images
+from utils.data.augment import normalise, random_crop_flip
+from utils.data.batches import Batches
+from utils.data.images import Images
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 

@@ -22,8 +22,8 @@ from modules.neuron import make_neuron
 from modules.zoo import f400
 from tests.published_layout import published_file
 from tests.small_data import RAW, command, write_idx, write_small_data
-from utils import idx_datasets
-from utils.sources import Source
+from utils.data import idx_datasets
+from utils.data.sources import Source
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from tests.small_data import write_small_cifar
-from utils import cifar, cifar_files
-from utils.cifar_files import parse_batch
-from utils.cifar_sheets import read_sheet
-from utils.datasets import load_cifar
+from utils.data import cifar, cifar_files
+from utils.data.cifar_files import parse_batch
+from utils.data.cifar_sheets import read_sheet
+from utils.data.datasets import load_cifar
+from utils.data.sources import Source
 from utils.errors import UserError
-from utils.sources import Source
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (7, 3072), dtype=np.uint8)
@@ -145,7 +145,7 @@ def test_damaged_bytes(contents):
 
 
 def test_too_many_parts(monkeypatch):
-    monkeypatch.setattr("utils.inert_pickle.MOST_OPERATIONS", 1000)
+    monkeypatch.setattr("utils.data.inert_pickle.MOST_OPERATIONS", 1000)
     parse(python2_pickle(IMAGES, LABELS))
     assert_refused(b"N" * 1001 + b".", "too many parts")
 

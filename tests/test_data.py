@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from tests.small_data import RAW, write_small_data, write_small_mnist
-from utils import fetch_data, fetching, idx_datasets
-from utils.batches import Batches, Samples
-from utils.datasets import load_fashion_mnist, load_mnist
+from utils import fetch_data
+from utils.data import fetching, idx_datasets
+from utils.data.batches import Batches, Samples
+from utils.data.datasets import load_fashion_mnist, load_mnist
+from utils.data.fetching import NotFetched, fetch, unpack
+from utils.data.idx import read_idx
+from utils.data.npm import npm_package
+from utils.data.sources import Source, fetch_from
 from utils.errors import UserError
-from utils.fetching import NotFetched, fetch, unpack
-from utils.idx import read_idx
-from utils.npm import npm_package
-from utils.sources import Source, fetch_from
 
 
 def test_reads_raw_and_compressed_files_alike(tmp_path, capsys):
@@ -94,7 +95,7 @@ def test_batches_cover_every_sample_once_in_a_new_order():
 
 def test_torchvision_is_imported_late_and_works():
     code = ("import sys, fmnist_mlp; assert 'torchvision' not in sys.modules;"
-            "from utils.torchvision_import import import_torchvision as load; a = load(); assert load() is a;"
+            "from utils.data.torchvision_import import import_torchvision as load; a = load(); assert load() is a;"
             "assert a.transforms.ToTensor() and a.datasets.FashionMNIST")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 

@@ -12,11 +12,11 @@ from modules.solvers import METHODS
 from modules.zoo import f400
 from tests import naive
 from tests.networks import KINDS, explicit_masks, small_network
-from utils.batches import Batches, Samples
-from utils.equilibrium import (check_gradient, equilibrium_residuals, is_zero, jacobian_spectrum, operator_norm, solver_traces,
+from utils.data.batches import Batches, Samples
+from utils.instruments.equilibrium import (check_gradient, equilibrium_residuals, is_zero, jacobian_spectrum, operator_norm, solver_traces,
                                spectral_radius)
-from utils.observers import RunningRates, Trace, UnitSpikes
-from utils.time_step_sweep import accuracy, lasting, time_step_sweep
+from utils.instruments.observers import RunningRates, Trace, UnitSpikes
+from utils.instruments.time_step_sweep import accuracy, lasting, time_step_sweep
 
 
 def naive_lap(network, a, x, weight):

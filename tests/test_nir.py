@@ -10,10 +10,10 @@ from torch import nn
 from modules.neuron import Neuron, make_neuron
 from modules.zoo import f64c5_mnist, f64c5_nmnist, f400
 from tests.networks import small_network
-from utils import nir_runner
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.export_nir import import_nir, main, nir_graph
+from utils.instruments import nir_runner
 
 
 @pytest.fixture

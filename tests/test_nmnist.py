@@ -13,12 +13,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils import convert_nmnist, nmnist, preview_nmnist
-from utils.batches import Batches
+from utils import convert_nmnist, preview_nmnist
+from utils.data import nmnist
+from utils.data.batches import Batches
+from utils.data.nmnist import load_nmnist, unpack_frames
+from utils.data.nmnist_files import LARGEST
+from utils.data.recordings import DamagedRecording, raw_frames, raw_to_text, text_frames
 from utils.errors import UserError
-from utils.nmnist import load_nmnist, unpack_frames
-from utils.nmnist_files import LARGEST
-from utils.recordings import DamagedRecording, raw_frames, raw_to_text, text_frames
 
 # ---- oracles: one event at a time, straight from the description of the formats
 

@@ -11,9 +11,9 @@ from modules.neuron import make_neuron
 from modules.zoo import f400
 from tests import naive
 from tests.networks import KINDS, explicit_masks, small_network
-from utils.observers import UnitSpikes
-from utils.operations import count_operations, dense_macs, energies, fan_out
-from utils.time_step_sweep import time_step_sweep
+from utils.instruments.observers import UnitSpikes
+from utils.instruments.operations import count_operations, dense_macs, energies, fan_out
+from utils.instruments.time_step_sweep import time_step_sweep
 
 MAPS = {
     "dense": (lambda: nn.Linear(5, 3), (5,)),

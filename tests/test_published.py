@@ -17,8 +17,8 @@ from modules.neuron import make_neuron
 from tests.published_layout import published_file
 from tests.small_data import command, write_small_cifar, write_small_data, write_small_mnist, write_small_nmnist
 from utils.arguments import parse_arguments
-from utils.batches import Batches
 from utils.checkpoint import load_checkpoint
+from utils.data.batches import Batches
 
 CIFAR, CIFAR100 = (partial(write_small_cifar, dataset=dataset, train=5, test=3) for dataset in ("cifar10", "cifar100"))
 CASES = {

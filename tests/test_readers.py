@@ -25,13 +25,13 @@ from tests.small_data import command, write_small_data, write_small_nmnist
 from utils import convert_nmnist, preview_nmnist
 from utils.arguments import parse_arguments
 from utils.checkpoint import load_checkpoint, random_state, restore_network, restore_optimizer
-from utils.cifar_files import pack_batch, parse_batch
-from utils.cifar_sheets import read_sheet
+from utils.data.cifar_files import pack_batch, parse_batch
+from utils.data.cifar_sheets import read_sheet
+from utils.data.idx import read_idx
+from utils.data.inert_pickle import read_inert
+from utils.data.nmnist import load_nmnist
 from utils.errors import UserError
-from utils.idx import read_idx
-from utils.inert_pickle import read_inert
 from utils.log import COLUMNS, Log, read_log
-from utils.nmnist import load_nmnist
 
 PLAIN = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -10,7 +10,7 @@ import torch
 from tests.small_data import RAW, command, write_idx, write_small_data
 from utils import run_record
 from utils.checkpoint import load_checkpoint
-from utils.datasets import load_fashion_mnist
+from utils.data.datasets import load_fashion_mnist
 from utils.run_record import git_commit
 from utils.version import VERSION
 

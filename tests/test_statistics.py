@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from modules.neuron import make_neuron
 from modules.zoo import alexnet_f, f400
-from utils.firing_rate import FiringRates
+from utils.instruments.firing_rate import FiringRates
 from utils.metrics import Metrics
 
 

@@ -17,8 +17,8 @@ from tests.same_run import assert_same, contents
 from tests.small_data import command, write_small_data
 from utils import checkpoint as checkpoints
 from utils import files, fit, run_files
-from utils.batches import Batches
 from utils.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS, load_checkpoint, newest_checkpoint
+from utils.data.batches import Batches
 from utils.interruption import Interrupted, Interruption
 from utils.metrics import Metrics
 

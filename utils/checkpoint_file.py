@@ -1,6 +1,6 @@
 """Reads a file of torch.save once its parts are known to fit together: nothing is executed, no memory taken for what is not there.
 
-The pickle in it is first read as data (`utils.inert_pickle`), and every tensor that it describes must lie within a storage that
+The pickle in it is first read as data (`utils.data.inert_pickle`), and every tensor that it describes must lie within a storage that
 the file really holds: PyTorch itself would take a storage's size from the pickle.
 """
 
@@ -11,7 +11,7 @@ from typing import Any, Dict, Tuple
 
 import torch
 
-from utils.inert_pickle import Function, Machine, expect
+from utils.data.inert_pickle import Function, Machine, expect
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # The first of five pickles in files of PyTorch before 1.6; the storages follow.
 LARGEST_PICKLE = 2**26  # bytes, without the tensors' values; a checkpoint of the largest network here has 10,000

@@ -4,8 +4,8 @@ from argparse import Namespace
 from typing import Callable, Tuple
 
 from modules.network import FeedbackSNN
-from utils.batches import Samples
-from utils.datasets import load_cifar
+from utils.data.batches import Samples
+from utils.data.datasets import load_cifar
 from utils.recipe import Recipe
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

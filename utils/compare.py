@@ -11,9 +11,9 @@ from typing import Dict, List, Optional, Sequence
 from termcolor import cprint
 
 from utils.errors import UserError
+from utils.instruments.plot_style import COLOURS
+from utils.instruments.report_figures import plot_training_curves
 from utils.log import read_log
-from utils.plot_style import COLOURS
-from utils.report_figures import plot_training_curves
 
 Rows = List[List[float]]
 

@@ -14,9 +14,9 @@ from typing import List, Optional, Sequence
 from termcolor import cprint
 
 from utils.arguments import place
+from utils.data.nmnist_files import SPLITS, Recordings, damage_report, decoded, find_recordings
+from utils.data.recordings import raw_to_text
 from utils.errors import UserError
-from utils.nmnist_files import SPLITS, Recordings, damage_report, decoded, find_recordings
-from utils.recordings import raw_to_text
 
 
 def convert(path: str, out: str) -> None:

@@ -13,15 +13,15 @@ from modules.implicit import BackwardSolver
 from modules.network import FeedbackSNN
 from modules.neuron import make_neuron
 from utils.arguments import parse_arguments
-from utils.batches import Batches, Samples
 from utils.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, restore_network
+from utils.data.batches import Batches, Samples
 from utils.device import choose_device, set_deterministic, set_precision
 from utils.errors import RunFailed, UserError
 from utils.files import failing_clearly
-from utils.firing_rate import FiringRates
 from utils.fit import fit
+from utils.instruments.firing_rate import FiringRates
+from utils.instruments.plots import plot_firing_rates
 from utils.interruption import Interrupted, Interruption
-from utils.plots import plot_firing_rates
 from utils.recipe import Recipe
 from utils.run_files import RunFiles
 from utils.run_folder import check_writable, open_run_folder

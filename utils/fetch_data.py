@@ -9,9 +9,9 @@ from typing import Callable, Optional, Sequence
 from termcolor import cprint
 
 from utils.arguments import place
-from utils.datasets import Images, load_cifar, load_fashion_mnist, load_mnist
+from utils.data.datasets import Images, load_cifar, load_fashion_mnist, load_mnist
+from utils.data.fetching import NotFetched
 from utils.errors import UserError
-from utils.fetching import NotFetched
 
 LOADERS = {"mnist": ("MNIST", load_mnist), "fashion-mnist": ("Fashion-MNIST", load_fashion_mnist),
            "cifar10": ("CIFAR-10", partial(load_cifar, name="cifar10")),

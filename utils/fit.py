@@ -7,8 +7,8 @@ from typing import Optional
 from termcolor import colored, cprint
 
 from modules.implicit import SolveTally
-from utils.batches import Batches
 from utils.checkpoint import LATEST
+from utils.data.batches import Batches
 from utils.epoch_state import EpochState
 from utils.errors import RunFailed
 from utils.interruption import Interrupted, Interruption

@@ -14,10 +14,10 @@ import torch
 from termcolor import cprint
 
 from utils.arguments import place, whole
+from utils.data.nmnist import decoder, unpack_frames
+from utils.data.nmnist_files import SPLITS, Entry, damage_report, decoded, find_recordings
+from utils.data.recordings import BIN, BINNINGS, SIDE
 from utils.errors import UserError
-from utils.nmnist import decoder, unpack_frames
-from utils.nmnist_files import SPLITS, Entry, damage_report, decoded, find_recordings
-from utils.recordings import BIN, BINNINGS, SIDE
 
 PAPER, ON, OFF, BOTH = "#FFFFFF", "#D55E00", "#0072B2", "#000000"  # safe for colour-blind readers
 COLUMNS = 10            # of the sheet

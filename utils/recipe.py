@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 from modules.network import FeedbackSNN
-from utils.batches import Samples
+from utils.data.batches import Samples
 
 
 @dataclass(frozen=True)

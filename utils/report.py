@@ -15,17 +15,17 @@ from termcolor import cprint
 from torch import Tensor
 
 from utils.arguments import real, whole
-from utils.batches import Batches
+from utils.data.batches import Batches
 from utils.device import choose_device
-from utils.equilibrium import check_gradient, equilibrium_residuals, is_zero, jacobian_spectrum, solver_traces
 from utils.errors import UserError
-from utils.observers import Trace, UnitSpikes
-from utils.operations import ASSUMPTIONS, count_operations, energies
-from utils.plots import plot_firing_rates
-from utils.report_figures import (layer_names, plot_accuracy_over_time, plot_confusion, plot_membranes, plot_raster, plot_residuals,
+from utils.instruments.equilibrium import check_gradient, equilibrium_residuals, is_zero, jacobian_spectrum, solver_traces
+from utils.instruments.observers import Trace, UnitSpikes
+from utils.instruments.operations import ASSUMPTIONS, count_operations, energies
+from utils.instruments.plots import plot_firing_rates
+from utils.instruments.report_figures import (layer_names, plot_accuracy_over_time, plot_confusion, plot_membranes, plot_raster, plot_residuals,
                                   plot_solver_traces, plot_spectrum)
+from utils.instruments.time_step_sweep import accuracy, lasting, time_step_sweep
 from utils.run_folder import check_writable
-from utils.time_step_sweep import accuracy, lasting, time_step_sweep
 from utils.trained import Trained, find_arguments, load_trained
 
 SWEEP = (1, 2, 5, 10, 20, 50, 100)

@@ -5,8 +5,8 @@ from typing import List, Optional
 
 from utils.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS, is_readable, save_checkpoint, write_contents
 from utils.files import failing_clearly
+from utils.instruments.plots import plot_log
 from utils.log import Log
-from utils.plots import plot_log
 from utils.run_state import RunState
 
 

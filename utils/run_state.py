@@ -8,8 +8,8 @@ import torch
 from termcolor import cprint
 from torch import nn
 
-from utils.batches import Batches
 from utils.checkpoint import Checkpoint, random_state, restore_optimizer, restore_random_state
+from utils.data.batches import Batches
 from utils.epoch_state import EpochState
 from utils.errors import RunFailed, UserError
 from utils.log import read_log

@@ -10,8 +10,8 @@ import torch
 from modules.network import FeedbackSNN
 from modules.neuron import make_neuron
 from utils.arguments import parse_arguments
-from utils.batches import Samples
 from utils.checkpoint import Checkpoint, load_checkpoint, restore_network
+from utils.data.batches import Samples
 from utils.errors import UserError
 from utils.experiment import build_network, load_samples
 from utils.recipe import Recipe

@@ -12,7 +12,7 @@ from torch import nn
 
 from modules.network import Observer
 from modules.solvers import Reading
-from utils.batches import Batches
+from utils.data.batches import Batches
 from utils.epoch_state import EpochState
 from utils.metrics import Averages, Metrics
 

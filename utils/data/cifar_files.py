@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 
+from utils.data.inert_pickle import Call, read_inert
 from utils.errors import UserError
-from utils.inert_pickle import Call, read_inert
 
 PIXELS = 3 * 32 * 32
 LARGEST_FILE = 400 * 10**6  # bytes; a re-packed training file of CIFAR-100 may have 224 MB

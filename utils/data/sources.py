@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
+from utils.data.torchvision_import import import_torchvision
 from utils.errors import UserError
-from utils.torchvision_import import import_torchvision
 
 DOWNLOAD_TIMEOUT_S = 20
 

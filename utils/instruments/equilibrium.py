@@ -12,7 +12,7 @@ from modules.jacobian import TransposedJacobian
 from modules.network import FeedbackSNN
 from modules.neuron import rate_weights
 from modules.solvers import METHODS, solve
-from utils.observers import RunningRates
+from utils.instruments.observers import RunningRates
 
 
 def input_current(network: FeedbackSNN, x: Tensor, time_steps: int) -> Tensor:

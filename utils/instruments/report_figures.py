@@ -6,8 +6,8 @@ from typing import Dict, List, Mapping, Sequence, Tuple
 import numpy as np
 from torch import Tensor
 
-from utils.equilibrium import Spectrum
-from utils.plot_style import BLACK, BLUE, COLOURS, DASHES, MARKERS, legend_above, new_figure, plain_numbers, save
+from utils.instruments.equilibrium import Spectrum
+from utils.instruments.plot_style import BLACK, BLUE, COLOURS, DASHES, MARKERS, legend_above, new_figure, plain_numbers, save
 
 MOST_NEURONS = 60  # that a raster shows of a layer
 TRACES = 3         # membrane traces of a layer

@@ -4,8 +4,8 @@ from typing import NamedTuple, Sequence, Tuple, Union
 
 from torch import Tensor
 
-from utils.augment import normalise, random_crop_flip
-from utils.batches import Samples
+from utils.data.augment import normalise, random_crop_flip
+from utils.data.batches import Samples
 
 
 class Images(NamedTuple):

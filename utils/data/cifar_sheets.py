@@ -9,7 +9,7 @@ from typing import List, Tuple
 import cv2
 import numpy as np
 
-from utils.cifar_files import PIXELS, pack_batch
+from utils.data.cifar_files import PIXELS, pack_batch
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 TRAIN_SHEETS = 5

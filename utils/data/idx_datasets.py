@@ -9,12 +9,12 @@ import torch
 from termcolor import cprint
 from torch import Tensor
 
+from utils.data.fetching import fetch, find_file
+from utils.data.idx import read_idx
+from utils.data.images import Images
+from utils.data.npm import npm_package
+from utils.data.sources import Source, debian_package, installed_folder, torchvision_download
 from utils.errors import UserError
-from utils.fetching import fetch, find_file
-from utils.idx import read_idx
-from utils.images import Images
-from utils.npm import npm_package
-from utils.sources import Source, debian_package, installed_folder, torchvision_download
 
 
 class IdxDataset(NamedTuple):

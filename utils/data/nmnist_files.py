@@ -13,8 +13,8 @@ from typing import Any, Callable, Collection, Dict, Iterator, List, NamedTuple, 
 
 from termcolor import cprint
 
+from utils.data.recordings import DamagedRecording
 from utils.errors import UserError
-from utils.recordings import DamagedRecording
 
 ZIP_MD5 = {"Train": "20959b8e626244a1b502305a9e6e2031", "Test": "69ca8762b2fe404d9b9bad1103e97832"}
 SPLITS = tuple(ZIP_MD5)

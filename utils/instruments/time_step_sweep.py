@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modules.network import FeedbackSNN
 from modules.simulation import Observer
-from utils.observers import RunningRates, together
+from utils.instruments.observers import RunningRates, together
 
 
 def lasting(network: FeedbackSNN, time_steps: int) -> FeedbackSNN:

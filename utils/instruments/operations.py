@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modules.linear_map import LinearMap
 from modules.network import FeedbackSNN
-from utils.observers import UnitSpikes
+from utils.instruments.observers import UnitSpikes
 
 # Horowitz, "Computing's energy problem", ISSCC 2014: 32-bit floating point in 45 nm, a multiplication 3.7 pJ, an addition 0.9 pJ.
 PICOJOULES_MAC, PICOJOULES_AC = 4.6, 0.9
