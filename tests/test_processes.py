@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -15,19 +14,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from torch import nn
+import torch.nn.functional as F
 
-from modules.across_processes import InnerProducts
+import fmnist_mlp
+import utils.processes
+from modules.connection import dropout_mask
 from modules.implicit import BackwardSolver
 from modules.neuron import make_neuron
-from modules.solvers import METHODS, solve
-from modules.synchronised_norm import SynchronisedBatchNorm, synchronise_batch_norms
+from modules.synchronised_norm import synchronise_batch_norms
 from modules.zoo import alexnet_f, f64c5_mnist, f64c5_nmnist, f400
 from tests.small_data import command, write_small_data
 from utils.batches import Batches, Samples
+from utils.checkpoint import LATEST, PREVIOUS, load_checkpoint, newest_checkpoint
+from utils.device import choose_device
 from utils.errors import UserError
+from utils.experiment import main
 from utils.log import read_log
-from utils.processes import check_batches, draw_independently, gathered, joined, parallel, torchrun_command
+from utils.processes import check_batches, draw_independently, joined, parallel
 from utils.training import evaluate, make_optimizer, train_one_epoch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,9 +85,9 @@ CASES = {
 APART = ("F400", "AlexNet-F")
 
 
-def in_process(rank, port, folder):
+def in_process(rank, ports, folder):
     """What each of two processes of a job does; what it found goes to a file."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[0]))
     torch.set_num_threads(1)
     found = {}
     with joined(torch.device("cpu"), ""):
@@ -98,22 +101,29 @@ def in_process(rank, port, folder):
             model, (x, labels) = parallel(network), next(iter(Batches(samples, SIZE, shuffled=False)))
             F.cross_entropy(model(x), labels).backward()
             found[kind, "apart"] = gradients_of(network)
-        found["seen"] = seen_samples()
+        found["seen"] = seen_samples(rank)
         torch.manual_seed(3)
         draw_independently(3)
         found["mask"] = dropout_mask((50,), 0.5, torch.zeros(0))
+    flags = ["--path", str(folder), "--train-batch", "20", "--epochs", "2", "--checkpoint-every", "2", "--device", "cpu"]
+    os.environ["MASTER_PORT"] = str(ports[1])
+    main(fmnist_mlp.RECIPE, [*flags, "--manualSeed", "1", "-c", str(folder / "whole")])
+    os.environ["MASTER_PORT"] = str(ports[2])
+    main(fmnist_mlp.RECIPE, [*flags, "--resume", str(folder / "whole" / PREVIOUS), "-c", str(folder / "resumed")])
+    found["folder"] = folder
     torch.save(found, folder / f"{rank}.pt")
 
 
-def seen_samples():
+def seen_samples(seed):
     """The numbers of the samples that this process gets, batch by batch: in an epoch of training, then in the test."""
     network, seen = f400(3, inputs=1, classes=2, neuron=make_neuron(0.8, 0.9), time_steps=2), []
     numbers = torch.arange(COUNT).float()[:, None]
     samples = Samples(numbers, torch.zeros(COUNT, dtype=torch.int64), lambda x: (seen.append(x[:, 0].int().tolist()), x)[1])
+    torch.manual_seed(seed)
     train_one_epoch(network, Batches(samples, SIZE, shuffled=True), make_optimizer(network, ARGS), lambda iteration: 0.0,
                     model=parallel(network))
     evaluate(network, Batches(samples, 4, shuffled=False))
-    return seen[:3], seen[3:]
+    return seen
 
 
 def free_port():
@@ -123,18 +133,16 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_small_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What each of the two processes found."""
-    folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(in_process, (free_port(), folder), nprocs=2)
+    folder = write_small_data(tmp_path_factory.mktemp("two"))
+    torch.multiprocessing.spawn(in_process, ([free_port() for _ in range(3)], folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def assert_close(found, expected, tolerance, scale=None):
-    """In the L2 norm, relative to the larger of the expected norm and `scale`."""
-    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
-    assert found.isfinite().all()
-    assert (found - expected).norm() <= tolerance * max(expected.norm().item(), scale or 0), (found, expected)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -177,11 +185,132 @@ def test_without_them_the_gradient_is_the_mean_of_the_shares_own(two, kind):
 
 
 def test_each_sample_has_one_place_in_an_epoch_and_one_in_the_test(two):
-    torch.manual_seed(0)
-    order = torch.randperm(COUNT).tolist()
-    (first, first_tested), (second, second_tested) = (process["seen"] for process in two)
-    assert [len(share) for share in first + second] == [3, 3, 2, 3, 3, 3]
-    assert sorted(sum(first + second, [])) == list(range(COUNT))
-    for number, shares in enumerate(zip(first, second)):
-        assert sorted(sum(shares, [])) == sorted(range(COUNT) if False else sum(shares, [])) and len(set(sum(shares, []))) == sum(map(len, shares))
-    assert sum(first_tested + second_tested, []) != [] and sorted(sum(first_tested + second_tested, [])) == list(range(COUNT))
+    """The processes' shares of each batch, in a row, are the batch that one process takes; the last test batch has a single sample."""
+    first, second = (process["seen"] for process in two)
+    assert [(len(mine), len(theirs)) for mine, theirs in zip(first, second)] == [(3, 3), (3, 3), (2, 3), *4 * [(2, 2)], (0, 1)]
+    together = [mine + theirs for mine, theirs in zip(first, second)]
+    assert together == seen_samples(0)
+    assert sorted(sum(together[:3], [])) == sorted(sum(together[3:], [])) == list(range(COUNT))
+
+
+def test_dropout_masks_are_each_processs_own(two):
+    assert not torch.equal(two[0]["mask"], two[1]["mask"])
+
+
+def test_a_resumed_job_ends_as_one_that_was_not_stopped(two):
+    """Bit for bit, from within an epoch, with dropout, whose masks each process draws from a random state of its own."""
+    whole, resumed = (load_checkpoint(two[0]["folder"] / run / LATEST) for run in ("whole", "resumed"))
+    middle = load_checkpoint(two[0]["folder"] / "whole" / PREVIOUS)
+    assert (middle.epoch, middle.iteration) == (1, 2) and len(middle.random_state["others"]) == 1
+    assert whole.epoch == resumed.epoch == 2 and whole.log_rows == resumed.log_rows
+    assert all(torch.equal(tensor, resumed.state_dict[name]) for name, tensor in whole.state_dict.items())
+    assert not torch.equal(whole.state_dict["readout.weight"], middle.state_dict["readout.weight"])
+
+
+def torchrun(*arguments):
+    """A job of two processes on this machine, as a process that is its own group."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+                             ROOT / "fmnist_mlp.py", *map(str, arguments)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ended(job, seconds):
+    """Exit status, standard output and error of the job, which must end within so many seconds."""
+    try:
+        out, err = job.communicate(timeout=seconds)
+    finally:
+        if job.poll() is None:
+            job.terminate()
+    return job.returncode, out, err
+
+
+def test_torchrun_trains_and_evaluates_as_one_process_does(data, tmp_path):
+    flags = ["--path", data, "--epochs", 2, "--train-batch", 20, "--test-batch", 8, "--drop", 0, "--manualSeed", 1, "--tol", 1e-6,
+             "--device", "cpu"]
+    status, out, err = ended(torchrun(*flags, "--sync-bn", "--firing-rate", "-c", tmp_path / "two"), 120)
+    assert status == 0, err
+    alone = command(*flags, "--firing-rate", "-c", tmp_path / "one")
+    assert alone[0] == 0, alone
+    assert len(re.findall("^epoch ", out, re.MULTILINE)) == 2 and out.count("Training on 60") == 1
+    rates, rates_alone = (re.findall(r"firing rate (\S+)", text) for text in (out, alone[1]))
+    assert [*map(float, rates)] == pytest.approx([*map(float, rates_alone)], rel=1e-3) and len(rates) == 2
+    rows, rows_alone = (read_log(tmp_path / run / "log.txt") for run in ("two", "one"))
+    assert len(rows) == 2
+    for row, expected in zip(rows, rows_alone):
+        assert row[:3] == pytest.approx(expected[:3], rel=1e-4) and row[3:] == expected[3:]
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+    _, evaluated, _ = command("--path", data, "--resume", tmp_path / "two" / LATEST, "--evaluate", "--device", "cpu")
+    assert f"top-1 {rows[-1][4]:.2f} %" in evaluated
+
+
+def test_a_lost_process_ends_the_job_which_resumes_and_is_interrupted(data, tmp_path):
+    flags = ["--path", data, "--train-batch", 20, "--epochs", 100000, "--checkpoint-every", 1, "-c", tmp_path, "--device", "cpu"]
+    job = torchrun(*flags)
+    wait_for(tmp_path / PREVIOUS, job)
+    os.kill(process_of(job, rank=1), signal.SIGKILL)
+    killed = time.monotonic()
+    status, out, err = ended(job, 60)
+    assert status != 0 and time.monotonic() - killed < 30
+    assert "another process of the job has died" in err and f"--resume auto -c {tmp_path}" in err
+    kept = newest_checkpoint(tmp_path)
+    before = load_checkpoint(kept)
+
+    job = torchrun(*flags, "--resume", "auto")
+    wait_for(tmp_path / LATEST, job, newer_than=(tmp_path / LATEST).stat().st_mtime_ns)
+    job.send_signal(signal.SIGTERM)
+    status, out, err = ended(job, 60)
+    assert status != 0 and out.count("Going on from") == 1 and err.count("Stopped by SIGTERM") == 1
+    after = load_checkpoint(tmp_path / LATEST)
+    assert (after.epoch, after.iteration) > (before.epoch, before.iteration)
+    status, out, _ = command(*flags, "--resume", "auto", "--epochs", after.epoch + 1)
+    assert status == 0 and "Going on from" in out
+
+
+def wait_for(path, job, newer_than=0):
+    deadline = time.monotonic() + 90
+    while not path.exists() or path.stat().st_mtime_ns <= newer_than:
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()
+        time.sleep(0.1)
+
+
+def process_of(job, rank):
+    """The number of the job's process of this rank."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    return next(int(child) for child in children
+                if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"))
+
+
+@pytest.mark.parametrize("train_batch,samples,sync,complaint", [
+    (20, 60, False, None), (20, 64, False, None), (20, 63, True, None), (20, 62, True, None),
+    (21, 60, False, "give a multiple of 2"), (20, 63, False, "smallest batch has 3 samples"), (20, 61, True, "smallest batch has 1 samples"),
+])
+def test_batches_that_two_processes_cannot_share_are_refused(monkeypatch, train_batch, samples, sync, complaint):
+    monkeypatch.setattr(utils.processes, "process_count", lambda: 2)
+    args = Namespace(train_batch=train_batch, sync_bn=sync)
+    if complaint is None:
+        return check_batches(args, samples)
+    with pytest.raises(UserError, match=complaint):
+        check_batches(args, samples)
+
+
+@pytest.mark.parametrize("given", (["--gpu-id", "0,1"], ["--gpu-id=0,1"], ["--gpu", "0,1"]), ids=" ".join)
+def test_several_gpus_are_refused_with_the_command_that_uses_them(given, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fmnist_mlp.py", "--gamma", "0.1", *given, "-c", "a folder"])
+    with pytest.raises(SystemExit) as exit:
+        main(fmnist_mlp.RECIPE)
+    assert exit.value.code == 2
+    assert (f"CUDA_VISIBLE_DEVICES=0,1 {sys.executable} -m torch.distributed.run --nproc_per_node 2 fmnist_mlp.py --gamma 0.1 "
+            "-c 'a folder'") in capsys.readouterr().err
+
+
+def test_a_process_without_a_device_of_its_own_says_so(monkeypatch):
+    for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="process 1 of this machine finds 1 CUDA device"):
+        choose_device("auto", "0")
+    assert choose_device("cpu", "0") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", "0") == torch.device("cuda", 1)
