@@ -24,8 +24,8 @@ from modules.neuron import make_neuron
 from modules.synchronised_norm import synchronise_batch_norms
 from modules.zoo import alexnet_f, f64c5_mnist, f64c5_nmnist, f400
 from tests.small_data import command, write_small_data
-from utils.batches import Batches, Samples
 from utils.checkpoint import LATEST, PREVIOUS, load_checkpoint, newest_checkpoint
+from utils.data.batches import Batches, Samples
 from utils.device import choose_device
 from utils.errors import UserError
 from utils.experiment import main
