@@ -283,7 +283,8 @@ def process_of(job, rank):
 
 @pytest.mark.parametrize("train_batch,samples,sync,complaint", [
     (20, 60, False, None), (20, 64, False, None), (20, 63, True, None), (20, 62, True, None),
-    (21, 60, False, "give a multiple of 2"), (20, 63, False, "smallest batch has 3 samples"), (20, 61, True, "smallest batch has 1 samples"),
+    (21, 60, False, "give a multiple of 2"), (20, 63, False, "smallest batch has 3 samples"),
+    (20, 61, True, "smallest batch has 1 samples"),
 ])
 def test_batches_that_two_processes_cannot_share_are_refused(monkeypatch, train_batch, samples, sync, complaint):
     monkeypatch.setattr(utils.processes, "process_count", lambda: 2)

@@ -52,7 +52,8 @@ def _add_data_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
                        help="accepted for the published command lines and unused: data is kept in memory, ready to use")
     group.add_argument("--train-limit", type=whole(1), metavar="N", help="train on the first N samples only (default: on all)")
     group.add_argument("--test-limit", type=whole(1), metavar="N", help="test on the first N samples only (default: on all)")
-    group.add_argument("--train-batch", type=whole(1), default=128, help="training samples per step, of all processes together: each takes an equal share")
+    group.add_argument("--train-batch", type=whole(1), default=128,
+                       help="training samples per step, of all processes together: each takes an equal share")
     group.add_argument("--test-batch", type=whole(1), default=200, help="test samples per step, of all processes together")
 
 
