@@ -60,7 +60,8 @@ def main(recipe: Recipe, argv: Optional[Sequence[str]] = None) -> None:
 def run(recipe: Recipe, args: Namespace, device: torch.device, interruption: Interruption) -> None:
     """Everything that can be refused is checked before the data is loaded and anything is written."""
     folder = Path(args.checkpoint)
-    check_batches(args)
+    if not args.evaluate:
+        check_batches(args)
     set_deterministic(args.deterministic)
     seed = from_the_first(lambda: seed_of(args))
     torch.manual_seed(seed)
