@@ -10,6 +10,7 @@ from modules import native
 from modules.jacobian import BatchNormDerivative, Link
 from modules.linear_map import LinearMap, scaled_filters
 from modules.simulation import Synapses
+from modules.synchronised_norm import SynchronisedBatchNorm, SynchronisedNormDerivative, spread_statistics
 
 
 def unit_norm_filters_(weight: Tensor, output_dim: int = 0) -> None:
@@ -69,7 +70,8 @@ class Connection(nn.Module):
         if not training:
             fixed = self.frozen(shape)
             return fixed(x).to(x.dtype), Link(self.map, fixed.weight, shape)
-        y, derivative = BatchNormDerivative.at(self.linear(x).to(x.dtype), self.norm)
+        kind = SynchronisedNormDerivative if self._synchronised else BatchNormDerivative
+        y, derivative = kind.at(self.linear(x).to(x.dtype), self.norm)
         return y, Link(self.map, self.linear.weight, shape, norm=derivative)
 
     def frozen(self, input_shape: Sequence[int], statistics_of: Optional[Tensor] = None) -> Synapses:
@@ -81,9 +83,16 @@ class Connection(nn.Module):
         mean, variance = self.norm.running_mean, self.norm.running_var
         if statistics_of is not None:
             y = self.linear(statistics_of).to(statistics_of.dtype)
-            variance, mean = torch.var_mean(y, dim=[0, *range(2, y.dim())], correction=0)
+            if self._synchronised:
+                mean, variance = (statistic.to(y.dtype) for statistic in spread_statistics(y)[:2])
+            else:
+                variance, mean = torch.var_mean(y, dim=[0, *range(2, y.dim())], correction=0)
         # Folded in float64 and rounded once: a spike hangs on the last digits of a membrane potential.
         scale = self.norm.weight.double() * torch.rsqrt(variance.double() + self.norm.eps)
         bias = (self.linear.bias - mean) * scale + self.norm.bias
         weight = scaled_filters(self.map, self.linear.weight, scale)
         return Synapses(self.map, weight.to(mean.dtype), bias.to(mean.dtype), input_shape)
+
+    @property
+    def _synchronised(self) -> bool:
+        return isinstance(self.norm, SynchronisedBatchNorm)

@@ -9,6 +9,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from modules.across_processes import InnerProducts, process_rank
 from modules.jacobian import TransposedJacobian
 from modules.solvers import METHODS, Solution, solve
 
@@ -28,6 +29,13 @@ class SolveTally:
         self.not_converged += not solution.converged
         self.worst_residual = max(self.worst_residual, solution.residual)
 
+    def merge(self, other: "SolveTally") -> None:
+        """Add another process's counts."""
+        self.solves += other.solves
+        self.iterations += other.iterations
+        self.not_converged += other.not_converged
+        self.worst_residual = max(self.worst_residual, other.worst_residual)
+
     @property
     def mean_iterations(self) -> float:
         return self.iterations / max(self.solves, 1)
@@ -39,6 +47,7 @@ class BackwardSolver:
     A residual of 1e-3 gives the parameters' gradient to about 5e-4, less than what stands between the rates after T steps and
     the true equilibrium. `tally` counts the solves and those that did not converge. On a CPU, the samples of a single-layer network,
     which are independent, are solved one by one by a C kernel to the same joint residual; the iterations counted are then their mean.
+    Where synchronised batch norms couple the samples of several processes, these solve together, and the first one counts it.
     """
 
     def __init__(self, method: str = "anderson", tol: float = 1e-3, max_iterations: int = 30):
@@ -50,12 +59,14 @@ class BackwardSolver:
         self.tally = SolveTally()
 
     def __call__(self, vjp: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
-        solution = None
+        solution, joint = None, isinstance(vjp, TransposedJacobian) and vjp.joint
         if self.method == "anderson" and isinstance(vjp, TransposedJacobian):
             solution = vjp.solve_by_kernel(gradient, self.tol, self.max_iterations)
         if solution is None:
-            solution = solve(lambda v: gradient + vjp(v), gradient, self.method, self.tol, self.max_iterations)
-        self.tally.add(solution)
+            solution = solve(lambda v: gradient + vjp(v), gradient, self.method, self.tol, self.max_iterations,
+                             products=InnerProducts(joint))
+        if not joint or process_rank() == 0:
+            self.tally.add(solution)
         return solution.value
 
     def reset_tally(self) -> SolveTally:

@@ -13,6 +13,7 @@ from modules import native
 from modules.event_driven import event_map, kernel_layout
 from modules.linear_map import LinearMap
 from modules.solvers import Anderson, Solution
+from modules.synchronised_norm import SynchronisedNormDerivative
 
 # The fraction of units whose equilibrium rate can change below which the C kernel's solve beats PyTorch's dense products.
 EVENT_DRIVEN_BELOW = 0.4
@@ -28,6 +29,7 @@ class BatchNormDerivative(NamedTuple):
     norm: nn.Module
     mean: Tensor
     inverse_std: Tensor
+    joint = False
 
     @classmethod
     def at(cls, input: Tensor, norm: nn.Module) -> Tuple[Tensor, "BatchNormDerivative"]:
@@ -47,7 +49,7 @@ class Link(NamedTuple):
     weight: Tensor
     input_shape: Sequence[int]
     gain: Optional[Tensor] = None
-    norm: Optional[BatchNormDerivative] = None
+    norm: "BatchNormDerivative | SynchronisedNormDerivative | None" = None
 
     def laid_out(self) -> "Link":
         """The same with channels last, in which the adjoint of a convolution is a tenth to a third faster on a CPU."""
@@ -70,6 +72,11 @@ class TransposedJacobian:
 
     def __init__(self, links: Sequence[Link]):
         self.links = [link.laid_out() for link in links]
+
+    @property
+    def joint(self) -> bool:
+        """Whether batch norms couple this process's samples with those of others, so that only all together can solve with Jᵀ."""
+        return any(link.norm is not None and link.norm.joint for link in self.links)
 
     @torch.no_grad()
     def __call__(self, v: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from typing import Callable, Dict, NamedTuple, Optional, Type
 import torch
 from torch import Tensor
 
+from modules.across_processes import InnerProducts
+
 
 class Solution(NamedTuple):
     """What `solve` found: `value` with its relative `residual`, after so many `iterations` (evaluations of the map)."""
@@ -41,6 +43,7 @@ class Anderson:
 
     memory = 5
     regularisation = 1e-9
+    products = InnerProducts()
 
     def __init__(self):
         self.count = 0
@@ -52,7 +55,7 @@ class Anderson:
         slot, self.count = self.count % self.memory, self.count + 1
         used = min(self.count, self.memory)
         self.mapped[slot], self.residuals[slot] = mapped.flatten(), residual.flatten()
-        self.gram[slot, :used] = self.gram[:used, slot] = (self.residuals[:used] @ self.residuals[slot]).double()
+        self.gram[slot, :used] = self.gram[:used, slot] = self.products.dot(self.residuals[:used], self.residuals[slot]).double()
         weights = self._weights(self.gram[:used, :used]).to(x.dtype)
         return (weights @ self.mapped[:used]).view_as(x)
 
@@ -70,6 +73,8 @@ class Broyden:
     H ← H + (Δx − H Δr) (Δxᵀ H) / (Δxᵀ H Δr), with H = −1 + Σ left_i right_iᵀ. It stores two vectors per iteration.
     """
 
+    products = InnerProducts()
+
     def __init__(self):
         self.left, self.right = [], []
         self.previous = None
@@ -80,7 +85,7 @@ class Broyden:
             step, last_residual = self.previous
             change = residual - last_residual
             row = self._product(step, self.right, self.left)
-            scale = torch.dot(row, change)
+            scale = self.products.dot(row, change)
             if scale.abs() > torch.finfo(scale.dtype).tiny:
                 self.left.append((step - self._product(change, self.left, self.right)) / scale)
                 self.right.append(row)
@@ -88,12 +93,11 @@ class Broyden:
         self.previous = (step, residual)
         return x + step.view_as(x)
 
-    @staticmethod
-    def _product(vector: Tensor, columns: list, rows: list) -> Tensor:
+    def _product(self, vector: Tensor, columns: list, rows: list) -> Tensor:
         """(−1 + Σ columns_i rows_iᵀ) vector, so H v with (left, right) and Hᵀ v with (right, left)."""
         product = -vector
         for column, row in zip(columns, rows):
-            product.add_(column * torch.dot(row, vector))
+            product.add_(column * self.products.dot(row, vector))
         return product
 
 
@@ -118,7 +122,7 @@ class Reading:
 
 @torch.no_grad()
 def solve(map: Callable[[Tensor], Tensor], start: Tensor, method: str = "anderson", tol: float = 1e-3, max_iterations: int = 30,
-          read_behind: Optional[int] = None) -> Solution:
+          read_behind: Optional[int] = None, products: InnerProducts = InnerProducts()) -> Solution:
     """Solve x = map(x) from `start`.
 
     The residual ‖map(x) − x‖ is relative to ‖start‖ (to 1 where that is 0); iteration stops when it is at most `tol`, when it
@@ -126,16 +130,18 @@ def solve(map: Callable[[Tensor], Tensor], start: Tensor, method: str = "anderso
     that residual. `start` has any shape and floating dtype.
 
     Each residual is read `read_behind` evaluations late, by default 1 on a GPU, which then has the next evaluation to work on while
-    the host decides, and 0 elsewhere. What is evaluated beyond the solution counts as iterations.
+    the host decides, and 0 elsewhere. What is evaluated beyond the solution counts as iterations. `products` says whether the vectors
+    are joint ones of several processes, which then visit the same x and stop together; the method finds it in its attribute `products`.
     """
-    proposer, norm = METHODS[method](), torch.linalg.vector_norm(start)
+    proposer, norm = METHODS[method](), products.norm(start)
+    proposer.products = products
     scale = torch.where(norm > 0, norm, torch.ones_like(norm))
     behind = (1 if start.is_cuda else 0) if read_behind is None else read_behind
     best, x, unread = Solution(start, math.inf, 0, False), start, deque()
     for iteration in range(1, max_iterations + 1):
         mapped = map(x)
         difference = mapped - x
-        unread.append((x, Reading(torch.linalg.vector_norm(difference) / scale)))
+        unread.append((x, Reading(products.norm(difference) / scale)))
         while len(unread) > (behind if iteration < max_iterations else 0):
             visited, reading = unread.popleft()
             residual = reading.value()

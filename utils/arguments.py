@@ -52,8 +52,9 @@ def _add_data_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
                        help="accepted for the published command lines and unused: data is kept in memory, ready to use")
     group.add_argument("--train-limit", type=whole(1), metavar="N", help="train on the first N samples only (default: on all)")
     group.add_argument("--test-limit", type=whole(1), metavar="N", help="test on the first N samples only (default: on all)")
-    group.add_argument("--train-batch", type=whole(1), default=128, help="training samples per step")
-    group.add_argument("--test-batch", type=whole(1), default=200, help="test samples per step")
+    group.add_argument("--train-batch", type=whole(1), default=128,
+                       help="training samples per step, of all processes together: each takes an equal share")
+    group.add_argument("--test-batch", type=whole(1), default=200, help="test samples per step, of all processes together")
 
 
 def _add_network_flags(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +121,11 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
     group.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
                        help="factors of convolutions and matrix products (tf32: on CUDA); membrane potentials are float32 in any case")
-    group.add_argument("--gpu-id", default="0", help="number of the CUDA device; without any CUDA device, ignored with a warning")
+    group.add_argument("--gpu-id", default="0", help="number of the CUDA device; without any CUDA device, ignored with a warning; "
+                                                     "under torchrun every process has its own device")
+    group.add_argument("--sync-bn", action="store_true",
+                       help="batch norms take the statistics of the samples of all processes, which torchrun starts, so that they "
+                            "together compute what one would")
 
 
 def place(text: str) -> str:

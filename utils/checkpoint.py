@@ -9,12 +9,14 @@ import torch
 from termcolor import cprint
 from torch import Tensor, nn
 
+from modules.across_processes import process_rank
 from utils.checkpoint_checks import (check_fits, check_optimizer, check_partial_epoch, check_published_optimizer,
                                      check_random_state, checked_accuracy, checked_epoch, checked_rows, checked_tensors)
 from utils.checkpoint_file import read_tensors
 from utils.epoch_state import EpochState
 from utils.errors import UserError
 from utils.files import written_aside
+from utils.processes import gathered
 from utils.published import is_published, translate_momentum, translate_state_dict
 from utils.version import VERSION
 
@@ -165,13 +167,17 @@ def _holds_moments(momentum: Dict[str, Dict[str, Tensor]]) -> bool:
 
 
 def random_state() -> Dict[str, Any]:
-    """The states of every random generator in use."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    """The states of every random generator in use; those of a job's processes after the first are under "others"."""
+    first, *others = gathered({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []})
+    return {**first, "others": others}
 
 
 def restore_random_state(state: Optional[Dict[str, Any]]) -> None:
-    if state is None:
+    """Nothing happens where there is no state of this process."""
+    states = [] if state is None else [state, *state.get("others", [])]
+    if process_rank() >= len(states):
         return
+    state = states[process_rank()]
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

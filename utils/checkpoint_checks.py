@@ -78,6 +78,11 @@ def check_random_state(state: Any) -> None:
     if not isinstance(state, dict) or not isinstance(state.get("cuda"), list):
         raise ValueError("its random_state is no table of generators' states")
     check_generator_state(state.get("cpu"))
+    others = state.get("others", [])
+    if not isinstance(others, list) or any(other is None or "others" in other for other in others):
+        raise ValueError("its random_state is no table of generators' states")
+    for other in others:
+        check_random_state(other)
 
 
 def check_generator_state(state: Any) -> None:

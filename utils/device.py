@@ -2,20 +2,28 @@
 
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
 from termcolor import cprint
 
 from utils.errors import UserError
+from utils.processes import local_rank, started_by_torchrun, torchrun_command
 
 
 def choose_device(name: str, gpu_id: str) -> torch.device:
     """The device for `--device name --gpu-id gpu_id`; auto takes CUDA, else Apple's MPS, else the CPU.
 
     Raises UserError where the device that was asked for is not there. Under auto on a machine without any CUDA device
-    --gpu-id is ignored with a warning, so that the published command lines, which all name a GPU, run there too.
+    --gpu-id is ignored with a warning, so that the published command lines, which all name a GPU, run there too. A process that
+    torchrun started has the GPU of its number on the machine.
     """
+    if started_by_torchrun():
+        return _device_of_process(name)
+    gpus = gpu_id.split(",")
+    if len(gpus) > 1 and all(gpu.isdecimal() for gpu in gpus):
+        raise UserError(f"--gpu-id {gpu_id}: every GPU takes a process of its own; start them with: {torchrun_command(gpus, sys.argv)}")
     if not gpu_id.isdecimal():
         raise UserError(f"--gpu-id: give the number of one GPU, not {gpu_id!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -33,6 +41,18 @@ def choose_device(name: str, gpu_id: str) -> torch.device:
     if name == "mps" and not mps:
         raise UserError("--device mps: PyTorch finds no MPS device on this machine; use --device cpu")
     return torch.device(name)
+
+
+def _device_of_process(name: str) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "mps":
+        raise UserError("--device mps: one process alone can use it; start the script without torchrun, or use --device cpu")
+    if name == "cpu" or name == "auto" and count == 0:
+        return torch.device("cpu")
+    if local_rank() >= count:
+        raise UserError(f"--device {name}: process {local_rank()} of this machine finds {count} CUDA device(s), and each process needs "
+                        f"its own; lower torchrun's --nproc_per_node, or use --device cpu")
+    return torch.device("cuda", local_rank())
 
 
 def set_precision(name: str) -> bool:

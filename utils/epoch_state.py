@@ -7,6 +7,7 @@ from torch import Tensor
 
 from modules.implicit import SolveTally
 from utils.metrics import Metrics
+from utils.processes import gathered, is_first
 
 
 @dataclass
@@ -14,6 +15,8 @@ class EpochState:
     """`iteration` is the next to run. The order of the samples is what PyTorch's CPU generator draws from `order_state`, its
     state at the epoch's start. `residuals` are the relative distances of some batches' firing rates from their
     equilibrium (`FeedbackSNN.residual`). `shape` is the number of samples and the batch size that the iterations count.
+
+    In a job of several processes each has a share of metrics, tally and residuals, which add up to the job's.
     """
 
     iteration: int = 0
@@ -32,6 +35,27 @@ class EpochState:
         return {"iteration": self.iteration, "order_state": self.order_state, "shape": list(self.shape),
                 "metrics": self.metrics.state_dict(), "tally": asdict(self.tally), "residuals": [*map(float, self.residuals)],
                 "skipped": self.skipped}
+
+    def of_all_processes(self) -> "EpochState":
+        """The same for the whole job, from every process's share; all must ask together."""
+        shares = gathered(self.state_dict())
+        if len(shares) == 1:
+            return self
+        first, *others = map(EpochState.from_state, shares)
+        for other in others:
+            first.metrics.merge(other.metrics)
+            first.tally.merge(other.tally)
+            first.residuals = [mine + theirs for mine, theirs in zip(first.residuals, other.residuals)]
+        return first
+
+    def share_to_go_on_with(self) -> "EpochState":
+        """What a process takes on of a whole job's state: the first one everything, so that the others count from nothing."""
+        if is_first():
+            return self
+        state = EpochState.from_state(self.state_dict())
+        state.metrics.clear()
+        state.tally, state.residuals = SolveTally(), [0.0] * len(state.residuals)
+        return state
 
     @classmethod
     def from_state(cls, state: Dict[str, Any]) -> "EpochState":

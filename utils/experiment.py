@@ -8,10 +8,12 @@ from typing import Optional, Sequence, Tuple
 import torch
 from termcolor import cprint
 
+from modules.across_processes import process_count
 from modules.bptt import SURROGATES
 from modules.implicit import BackwardSolver
 from modules.network import FeedbackSNN
 from modules.neuron import make_neuron
+from modules.synchronised_norm import synchronise_batch_norms
 from utils.arguments import parse_arguments
 from utils.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, restore_network
 from utils.data.batches import Batches, Samples
@@ -22,8 +24,10 @@ from utils.fit import fit
 from utils.instruments.firing_rate import FiringRates
 from utils.instruments.plots import plot_firing_rates
 from utils.interruption import Interrupted, Interruption
+from utils.processes import (check_batches, draw_independently, first_of_each_machine_ahead, from_the_first, is_first, joined,
+                             silent_unless_first, tells)
 from utils.recipe import Recipe
-from utils.run_files import RunFiles
+from utils.run_files import NoFiles, RunFiles
 from utils.run_folder import check_writable, open_run_folder
 from utils.run_record import Used, write_run_record
 from utils.run_state import RunState, announce, starting_point
@@ -36,38 +40,49 @@ def main(recipe: Recipe, argv: Optional[Sequence[str]] = None) -> None:
 
     A user's mistake is one sentence and exit status 2, a run that can't go on one and status 1, a signal one and 128 + its number.
     """
-    args = parse_arguments(recipe, argv)
+    with silent_unless_first(errors_too=True):
+        args = parse_arguments(recipe, argv)
     try:
-        with Interruption.watched() as interruption:
-            run(recipe, args, interruption)
+        with silent_unless_first(), Interruption.watched() as interruption:
+            device = choose_device(args.device, args.gpu_id)
+            with joined(device, f"To go on from the last checkpoint, give the same command with --resume auto -c {args.checkpoint}"):
+                run(recipe, args, device, interruption)
     except (UserError, RunFailed) as error:
-        cprint(f"error: {error}", "red", file=sys.stderr)
+        if tells(error):
+            cprint(f"error: {error}", "red", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except Interrupted as interrupted:
-        print(f"\nStopped by {interrupted.name}.{interrupted.kept}", file=sys.stderr)
+        if is_first():
+            print(f"\nStopped by {interrupted.name}.{interrupted.kept}", file=sys.stderr)
         sys.exit(interrupted.status)
 
 
-def run(recipe: Recipe, args: Namespace, interruption: Interruption) -> None:
+def run(recipe: Recipe, args: Namespace, device: torch.device, interruption: Interruption) -> None:
     """Everything that can be refused is checked before the data is loaded and anything is written."""
-    device, folder = choose_device(args.device, args.gpu_id), Path(args.checkpoint)
+    folder = Path(args.checkpoint)
+    if not args.evaluate:
+        check_batches(args)
     set_deterministic(args.deterministic)
-    seed = args.manualSeed if args.manualSeed is not None else 0 if args.deterministic else torch.seed() % 2**31
+    seed = from_the_first(lambda: seed_of(args))
     torch.manual_seed(seed)
     network = build_network(recipe, args)
-    source, checkpoint = _source(args, folder)
+    if args.sync_bn and process_count() > 1:
+        synchronise_batch_norms(network)
+    draw_independently(seed)
+    source, checkpoint = from_the_first(lambda: _source(args, folder))
     if checkpoint:
         restore_network(network, checkpoint, source)
     network.to(device)
     state = None if args.evaluate else starting_point(network, args, checkpoint, source)
     if state or args.firing_rate:
-        check_writable(folder)
+        from_the_first(lambda: check_writable(folder))
     if args.tensorboard:
         check_tensorboard()
     if state and state.finished and not args.firing_rate:
         _finish(state, folder, source)
         return
-    train, test, used = load_samples(recipe, args, device)
+    with first_of_each_machine_ahead():
+        train, test, used = load_samples(recipe, args, device)
     title = f"{recipe.description.format(dataset=args.dataset)}, {network.neuron.name}, T = {args.time_step}"
     parameters = sum(parameter.numel() for parameter in network.parameters())
     neurons = sum(network.neuron_counts)
@@ -76,18 +91,29 @@ def run(recipe: Recipe, args: Namespace, interruption: Interruption) -> None:
     if state and state.finished:
         _finish(state, folder, source)
     elif state:
+        check_batches(args, len(train.labels))
         train_batches = Batches(train, args.train_batch, shuffled=True)
         if checkpoint:
             announce(state, checkpoint, source)
             state.go_on_with(train_batches)
-        continued = source is not None and source.resolve().parent == folder.resolve()
-        with failing_clearly(folder, "Make room or choose another -c"):
-            open_run_folder(folder, continued)
-            write_run_record(folder, args, seed, device, used)
-        files = RunFiles(folder, state, source if continued else None)
+        files = _open_files(state, args, seed, device, used, source) if is_first() else NoFiles(folder)
         fit(state, train_batches, test_batches, files, args, interruption)
     if args.evaluate or args.firing_rate:
         _report(network, test_batches, title, folder if args.firing_rate else None)
+
+
+def seed_of(args: Namespace) -> int:
+    return args.manualSeed if args.manualSeed is not None else 0 if args.deterministic else torch.seed() % 2**31
+
+
+def _open_files(state: RunState, args: Namespace, seed: int, device: torch.device, used: Used, source: Optional[Path]) -> RunFiles:
+    """The files of a run that starts, or goes on from `source`, in its folder, which is made ready."""
+    folder = Path(args.checkpoint)
+    continued = source is not None and source.resolve().parent == folder.resolve()
+    with failing_clearly(folder, "Make room or choose another -c"):
+        open_run_folder(folder, continued)
+        write_run_record(folder, args, seed, device, used)
+    return RunFiles(folder, state, source if continued else None)
 
 
 def _source(args: Namespace, folder: Path) -> Tuple[Optional[Path], Optional[Checkpoint]]:
@@ -114,7 +140,7 @@ def build_network(recipe: Recipe, args: Namespace) -> FeedbackSNN:
 
 def _finish(state: RunState, folder: Path, source: Path) -> None:
     """Complete the files of a run that stopped after its last epoch, and say that nothing is left to train."""
-    files = RunFiles(folder, state, source)
+    files = RunFiles(folder, state, source) if is_first() else NoFiles(folder)
     if state.rows:
         files.plot()
     print(f"The run in {folder} is finished: {state.epoch} epochs, best test accuracy {state.best:.2f} %. "
@@ -137,6 +163,8 @@ def _report(network: FeedbackSNN, batches: Batches, title: str, rates_folder: Op
     loss, top1, top5 = evaluate(network, batches, rates)
     print(f"test loss {loss:.4f} | top-1 {top1:.2f} % | top-5 {top5:.2f} %")
     if rates:
+        rates.add_other_processes()
+    if rates and is_first():
         rates_folder.mkdir(parents=True, exist_ok=True)
         chart = plot_firing_rates(rates.per_layer, rates.total, rates.neuron_counts, title, rates_folder / "firing_rate")
         print(f"{rates.table()}\nbar chart: {_listed(chart)}")

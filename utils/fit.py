@@ -5,6 +5,7 @@ from argparse import Namespace
 from typing import Optional
 
 from termcolor import colored, cprint
+from torch import nn
 
 from modules.implicit import SolveTally
 from utils.checkpoint import LATEST
@@ -12,6 +13,7 @@ from utils.data.batches import Batches
 from utils.epoch_state import EpochState
 from utils.errors import RunFailed
 from utils.interruption import Interrupted, Interruption
+from utils.processes import is_first, known_to_all, parallel
 from utils.run_files import RunFiles
 from utils.run_state import RunState
 from utils.schedule import learning_rate
@@ -25,11 +27,12 @@ MOST_UNCONVERGED, LARGEST_MEAN_RESIDUAL = 0.1, 0.5
 def fit(run: RunState, train: Batches, test: Batches, files: RunFiles, args: Namespace, interruption: Interruption) -> None:
     """Run the epochs that are left and plot the log. Where a signal asks for it, save and raise Interrupted between two iterations."""
     run.begin()
-    scalars = Scalars(files.folder, keep=run.epoch) if args.tensorboard else None
+    scalars = Scalars(files.folder, keep=run.epoch) if args.tensorboard and is_first() else None
+    model = parallel(run.network)
     with interruption.deferred():
         try:
             while not run.finished:
-                _run_epoch(run, train, test, files, args, interruption, scalars)
+                _run_epoch(run, train, test, files, args, interruption, scalars, model)
         except Interrupted as interrupted:
             files.save(run)
             interrupted.kept = (f" {run.place.capitalize()}, saved in {files.folder / LATEST}; to go on, give the same command "
@@ -37,13 +40,13 @@ def fit(run: RunState, train: Batches, test: Batches, files: RunFiles, args: Nam
             raise
         except NotFinite as error:
             kept = f"{files.folder / LATEST} is kept" if (files.folder / LATEST).exists() else "no checkpoint was written before"
-            raise RunFailed(f"{error.what} in epoch {run.epoch + 1}, iteration {error.iteration + 1}; {kept}. Lower --lr, "
-                            "look at the data, or leave such batches out with --on-nan skip") from error
+            raise known_to_all(RunFailed(f"{error.what} in epoch {run.epoch + 1}, iteration {error.iteration + 1}; {kept}. Lower --lr, "
+                            "look at the data, or leave such batches out with --on-nan skip")) from error
         print(f"best test accuracy over epochs: {run.best:.2f} %\nplots of the log: {', '.join(map(str, files.plot()))}", flush=True)
 
 
 def _run_epoch(run: RunState, train: Batches, test: Batches, files: RunFiles, args: Namespace, interruption: Interruption,
-               scalars: Optional[Scalars]) -> None:
+               scalars: Optional[Scalars], model: nn.Module) -> None:
     began, epoch, state, every = time.perf_counter(), run.epoch, run.partial, args.checkpoint_every
 
     def rate(iteration: int) -> float:
@@ -54,7 +57,8 @@ def _run_epoch(run: RunState, train: Batches, test: Batches, files: RunFiles, ar
             files.save(run)
         interruption.stop_if_asked()
 
-    training = train_one_epoch(run.network, train, run.optimizer, rate, state, after_iteration, args.on_nan)
+    training = train_one_epoch(run.network, train, run.optimizer, rate, state, after_iteration, args.on_nan, model)
+    state = state.of_all_processes()
     testing = evaluate(run.network, test, between=interruption.stop_if_asked)
     last_rate = rate(len(train) - 1)
     run.end_epoch([last_rate, training.loss, testing.loss, training.top1, testing.top1], testing.top1)

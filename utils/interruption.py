@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Iterator, Optional
 
+from utils.processes import largest
+
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -27,7 +29,7 @@ class Interruption:
     ...         step()
     ...         interruption.stop_if_asked()
 
-    A second signal ends the program at once.
+    A second signal ends the program at once. In a job of several processes all stop at the same call, whichever the signal came to.
     """
 
     def __init__(self):
@@ -55,8 +57,9 @@ class Interruption:
             self.waits = False
 
     def stop_if_asked(self) -> None:
-        if self.asked is not None:
-            raise Interrupted(self.asked)
+        asked = largest(self.asked or 0)
+        if asked:
+            raise Interrupted(asked)
 
     def _receive(self, number: int, frame: Optional[FrameType]) -> None:
         self.asked = number

@@ -3,6 +3,7 @@
 from typing import Any, Dict, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -51,6 +52,19 @@ class Metrics:
             return Averages(*3 * (float("nan"),))
         loss, top1, top5 = torch.stack([self.losses.double().sum(), *self.hits]).div(self.count).tolist()
         return Averages(loss, 100 * top1, 100 * top5)
+
+    def merge(self, other: "Metrics") -> None:
+        """Add another process's share of the same batches; a last one may have been too small for all to have a part in it."""
+        self._count()
+        other._count()
+        batches = max(len(self.losses), len(other.losses))
+        own, theirs = (F.pad(losses, (0, batches - len(losses))) for losses in (self.losses, other.losses))
+        self.losses, self.hits, self.count = own + theirs, self.hits + other.hits, self.count + other.count
+
+    def clear(self) -> None:
+        """Hold nothing of the batches that were added, but their number."""
+        self._count()
+        self.losses, self.hits, self.count = torch.zeros_like(self.losses), torch.zeros_like(self.hits), 0
 
     def state_dict(self) -> Dict[str, Any]:
         self._count()

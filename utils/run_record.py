@@ -13,6 +13,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import numpy
 import torch
 
+from modules.across_processes import process_count
 from utils.device import describe_device
 from utils.files import written_aside
 from utils.version import VERSION
@@ -44,6 +45,7 @@ def write_run_record(folder: Path, args: Namespace, seed: int, device: torch.dev
         "training_samples": {"used": used.train, "of": used.train_of},
         "test_samples": {"used": used.test, "of": used.test_of},
         "device": str(device),
+        "processes": process_count(),
         "device_name": describe_device(device),
         "versions": {"project": VERSION, "python": platform.python_version(), "torch": str(torch.__version__),
                      "numpy": numpy.__version__},

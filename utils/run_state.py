@@ -58,8 +58,9 @@ class RunState:
             self.partial = EpochState()
 
     def begin(self) -> None:
-        """Set the random generators to where the checkpoint left them."""
+        """Set the random generators to where the checkpoint left them, and take this process's share of its epoch."""
         restore_random_state(self._random_state)
+        self.partial = self.partial.share_to_go_on_with()
 
     def end_epoch(self, row: List[float], accuracy: float) -> None:
         """Count an epoch as done, with its `row` of the log and its test accuracy."""
@@ -69,7 +70,10 @@ class RunState:
             self.best, self.best_epoch = accuracy, self.epoch
 
     def checkpoint(self) -> Checkpoint:
-        """Raises RunFailed where a tensor of the network is not finite: such a state is never saved."""
+        """The whole job's state, for which all its processes must ask together.
+
+        Raises RunFailed where a tensor of the network is not finite: such a state is never saved.
+        """
         tensors = self.network.state_dict()
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])
         if not finite.all():
@@ -79,7 +83,7 @@ class RunState:
         arguments = {name: value for name, value in vars(self.args).items() if name != "resume"}
         return Checkpoint(self.epoch, tensors, self.accuracy, self.best, self.optimizer.state_dict(), random_state=random_state(),
                           arguments=arguments, best_epoch=self.best_epoch, log_rows=self.rows,
-                          partial=self.partial if self.partial.iteration else None)
+                          partial=self.partial.of_all_processes() if self.partial.iteration else None)
 
     @property
     def place(self) -> str:

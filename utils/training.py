@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from progress.bar import Bar
 from torch import nn
 
+from modules.across_processes import process_count, total
 from modules.network import Observer
 from modules.solvers import Reading
 from utils.data.batches import Batches
 from utils.epoch_state import EpochState
 from utils.metrics import Averages, Metrics
+from utils.processes import gathered, is_first, share_buffers
 
 # Reading a metric waits for the device, so the bar shows new ones only so often.
 ITERATIONS_PER_BAR_UPDATE = 10
@@ -45,17 +47,19 @@ def nothing() -> None:
 
 def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, learning_rate: Callable[[int], float],
                     state: Optional[EpochState] = None, after_iteration: Callable[[], None] = nothing,
-                    on_nan: str = "stop") -> Averages:
+                    on_nan: str = "stop", model: Optional[nn.Module] = None) -> Averages:
     """Train on every batch once; `learning_rate` gives the rate of the epoch's i-th iteration.
 
     It goes on from `state`, which is up to date whenever `after_iteration` is called. Where the loss or a current is not finite, it
     raises NotFinite, or for `on_nan` "skip" leaves the network and the metrics as they were before the batch and counts it.
+    `model` is the network as it is called, with the other processes of the job (utils/processes.py) where there are any.
     """
     _spare_the_garbage_collector()
     state = EpochState() if state is None else state
     if state.order_state is None:
-        state.order_state, state.shape = torch.get_rng_state(), batches.shape
-        remaining = iter(batches)
+        # Every process draws the first one's order, and goes on with random numbers of its own.
+        state.order_state, state.shape = gathered(torch.get_rng_state())[0], batches.shape
+        remaining = iter(batches) if is_first() else batches.after(0, state.order_state)
     else:
         remaining = batches.after(state.iteration, state.order_state)
     network.train()
@@ -70,19 +74,20 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
                 group["lr"] = learning_rate(iteration)
             before = [buffer.clone() for buffer in network.buffers()] if on_nan == "skip" else []
             network.measures_residual = iteration % ITERATIONS_PER_RESIDUAL == 0
-            logits = network(x)
+            logits = (model or network)(x)
             loss = F.cross_entropy(logits, labels)
-            reading = Reading(loss.detach() + torch.cat(statistics).sum())
+            reading = Reading(total(loss.detach() + torch.cat(statistics).sum()))
             optimizer.zero_grad()
-            loss.backward()
+            # The processes' gradients are averaged, and each sample of the batch counts the same.
+            (loss * (process_count() * len(labels) / batches.whole(iteration))).backward()
             # The solve in there has read values that a GPU computes after the loss, so this waits for nothing.
             if math.isfinite(reading.value()):
                 optimizer.step()
                 state.metrics.add(logits, labels, loss)
                 if network.residual is not None and network.measures_residual:
-                    state.residuals.append(network.residual)
+                    state.residuals.append(network.residual / process_count())
             elif on_nan == "stop":
-                raise NotFinite(iteration, loss.item())
+                raise NotFinite(iteration, total(loss.detach()).item() / process_count())
             else:
                 state.skipped += 1
                 for buffer, old in zip(network.buffers(), before):
@@ -91,23 +96,28 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
             after_iteration()
             if iteration % ITERATIONS_PER_BAR_UPDATE == 0:
                 bar.show(iteration, state.metrics, f" | solver {state.tally.mean_iterations:.1f} iterations")
-    return state.metrics.averages()
+    share_buffers(network)
+    return state.of_all_processes().metrics.averages()
 
 
 @torch.inference_mode()
 def evaluate(network: nn.Module, batches: Batches, observe: Optional[Observer] = None,
              between: Callable[[], None] = nothing) -> Averages:
-    """Loss and accuracy over all batches, in evaluation mode; `observe` sees every simulation, `between` is called before each batch."""
+    """Loss and accuracy over all batches, in evaluation mode; `between` is called before each batch.
+
+    `observe` sees every simulation of this process, which has its share of every batch; the averages are over all processes.
+    """
     network.eval()
     metrics = Metrics()
     with _bar("testing", len(batches)) as bar:
         for iteration, (x, labels) in enumerate(batches):
             between()
-            logits = network(x, observe=observe)
-            metrics.add(logits, labels, F.cross_entropy(logits, labels))
+            if len(labels):
+                logits = network(x, observe=observe)
+                metrics.add(logits, labels, F.cross_entropy(logits, labels))
             if iteration % ITERATIONS_PER_BAR_UPDATE == 0:
                 bar.show(iteration, metrics)
-    return metrics.averages()
+    return EpochState(metrics=metrics).of_all_processes().metrics.averages()
 
 
 def _spare_the_garbage_collector() -> None:
@@ -124,10 +134,10 @@ class _bar(Bar):
     numbers = ""
 
     def __init__(self, title: str, iterations: int):
-        super().__init__(f"{title:8s}", max=iterations)
+        super().__init__(f"{title:8s}", max=iterations, **({} if is_first() else {"file": None}))
 
     def show(self, iteration: int, metrics: Metrics, more: str = "") -> None:
-        if not self.is_tty():
+        if not (self.file and self.is_tty()):
             return
         loss, top1, top5 = metrics.averages()
         self.numbers = f" | loss {loss:.4f} | top-1 {top1:.2f} % | top-5 {top5:.2f} %{more}"

@@ -5,6 +5,8 @@ from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
+from modules.across_processes import process_count, process_rank
+
 
 def as_they_are(inputs: Tensor) -> Tensor:
     return inputs
@@ -32,7 +34,8 @@ class Samples(NamedTuple):
 class Batches:
     """Iterates over `samples` in prepared batches of at most `size`; in a new random order each time if `shuffled`.
 
-    The order comes from PyTorch's CPU generator, so a restored random state restores it.
+    The order comes from PyTorch's CPU generator, so a restored random state restores it. Of every batch, each process of a job takes
+    the samples that are its share, in order and as many as any other's or one more; it may get an empty batch.
     """
 
     def __init__(self, samples: Samples, size: int, shuffled: bool):
@@ -60,11 +63,20 @@ class Batches:
     def _batches(self, order: Optional[Tensor], done: int) -> Iterator[Tuple[Tensor, Tensor]]:
         inputs, labels, prepare = self.samples
         for start in range(done * self.size, len(labels), self.size):
+            share = self._share(start)
             if order is None:
-                yield prepare(inputs[start:start + self.size]), labels[start:start + self.size]
+                yield prepare(inputs[share]), labels[share]
             else:
-                chosen = order[start:start + self.size]
+                chosen = order[share]
                 yield prepare(inputs.index_select(0, chosen)), labels.index_select(0, chosen)
+
+    def whole(self, iteration: int) -> int:
+        """How many samples the iteration's batch has in all processes together."""
+        return min(self.size, len(self.samples.labels) - iteration * self.size)
+
+    def _share(self, start: int) -> slice:
+        count, rank, processes = self.whole(start // self.size), process_rank(), process_count()
+        return slice(start + count * rank // processes, start + count * (rank + 1) // processes)
 
     def _order(self) -> Optional[Tensor]:
         return torch.randperm(len(self.samples.labels)).to(self.samples.labels.device) if self.shuffled else None

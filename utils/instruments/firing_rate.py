@@ -4,6 +4,8 @@ from typing import List, Sequence
 
 from torch import Tensor
 
+from utils.processes import gathered
+
 
 class FiringRates:
     """An observer of the simulation: pass the object itself as `observe`, over as many batches as wanted.
@@ -23,6 +25,13 @@ class FiringRates:
         counts = [layer.sum().double() for layer in spikes]
         self.spikes = counts if self.spikes is None else [total + count for total, count in zip(self.spikes, counts)]
         self.sample_steps += spikes[0].shape[0]
+
+    def add_other_processes(self) -> None:
+        """Have the counts of all processes of the job; all must ask together."""
+        counts = gathered(([] if self.spikes is None else [total.cpu() for total in self.spikes], self.sample_steps))
+        if len(counts) > 1:
+            self.spikes = [sum(totals) for totals in zip(*(spikes for spikes, _ in counts if spikes))]
+            self.sample_steps = sum(steps for _, steps in counts)
 
     @property
     def per_layer(self) -> List[float]:

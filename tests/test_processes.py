@@ -1,0 +1,317 @@
+"""Jobs of several processes compute what one process does; one of them speaks and writes, and a lost one ends the job."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+import torch.nn.functional as F
+
+import fmnist_mlp
+import utils.processes
+from modules.connection import dropout_mask
+from modules.implicit import BackwardSolver
+from modules.neuron import make_neuron
+from modules.synchronised_norm import synchronise_batch_norms
+from modules.zoo import alexnet_f, f64c5_mnist, f64c5_nmnist, f400
+from tests.small_data import command, write_small_data
+from utils.checkpoint import LATEST, PREVIOUS, load_checkpoint, newest_checkpoint
+from utils.data.batches import Batches, Samples
+from utils.device import choose_device
+from utils.errors import UserError
+from utils.experiment import main
+from utils.log import read_log
+from utils.processes import check_batches, draw_independently, joined, parallel
+from utils.training import evaluate, make_optimizer, train_one_epoch
+
+ROOT = Path(__file__).resolve().parents[1]
+ARGS = Namespace(optimizer="SGD", lr=0.05, momentum=0.9, weight_decay=5e-4)
+TIME_STEPS = 6
+# Batches of 6, 6 and 5: shares of 3 and 3, the last of 2 and 3.
+COUNT, SIZE = 17, 6
+
+
+def small(kind, dtype=torch.float64, jacobian_bn="train", method="anderson"):
+    """A lively network with 4 classes and samples for it, the same at every call."""
+    torch.manual_seed(7)
+    settings = dict(classes=4, neuron=make_neuron(0.8, 0.9), time_steps=TIME_STEPS, jacobian_bn=jacobian_bn,
+                    solver=BackwardSolver(method, tol=1e-12 if dtype == torch.float64 else 1e-6, max_iterations=300))
+    network, shape = {
+        "F400": lambda: (f400(12, inputs=9, **settings), (9,)),
+        "F64C5": lambda: (f64c5_mnist(4, size=8, **settings), (1, 8, 8)),
+        "F64C5 on events": lambda: (f64c5_nmnist(4, size=8, **settings), (2, 8, 8)),
+        "AlexNet-F": lambda: (alexnet_f((4, 5, 6, 6, 4), size=16, **settings), (3, 16, 16)),
+    }[kind]()
+    with torch.no_grad():
+        for connection in (network.input, *network.hidden):
+            connection.norm.weight.uniform_(0.4, 0.8)
+            connection.norm.bias.uniform_(0.1, 0.6)
+        network.feedback.g.fill_(0.6)
+    inputs = torch.randn(COUNT, *shape)
+    prepare = (lambda x: (x[None] > torch.linspace(0, 1, TIME_STEPS).view(-1, 1, *[1] * len(shape))).to(dtype)) \
+        if network.events else (lambda x: x)
+    return network.to(dtype), Samples(inputs.to(dtype), torch.arange(COUNT) % 4, prepare)
+
+
+def trained(network, samples):
+    """What an epoch of training leaves: its averages, every iteration's gradients, the tensors; and the test's averages."""
+    batches, optimizer, model = Batches(samples, SIZE, shuffled=True), make_optimizer(network, ARGS), parallel(network)
+    gradients = []
+    training = train_one_epoch(network, batches, optimizer, lambda iteration: 0.05, model=model,
+                               after_iteration=lambda: gradients.append(gradients_of(network)))
+    testing = evaluate(network, Batches(samples, 4, shuffled=False))  # the last batch has one sample
+    return {"averages": [training, testing], "gradients": gradients, "tensors": network.state_dict(), "tally": network.solver.tally}
+
+
+def gradients_of(network):
+    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+
+CASES = {
+    "F400": dict(kind="F400"), "F64C5": dict(kind="F64C5"), "F64C5 on events": dict(kind="F64C5 on events"),
+    "AlexNet-F": dict(kind="AlexNet-F"), "AlexNet-F by Broyden": dict(kind="AlexNet-F", method="broyden"),
+    "AlexNet-F, J in evaluation": dict(kind="AlexNet-F", jacobian_bn="eval"),
+    **{f"{kind} in float32": dict(kind=kind, dtype=torch.float32) for kind in ("F400", "F64C5", "AlexNet-F")},
+}
+APART = ("F400", "AlexNet-F")
+
+
+def in_process(rank, ports, folder):
+    """What each of two processes of a job does; what it found goes to a file."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[0]))
+    torch.set_num_threads(1)
+    found = {}
+    with joined(torch.device("cpu"), ""):
+        for name, case in CASES.items():
+            network, samples = small(**case)
+            synchronise_batch_norms(network)
+            torch.manual_seed(rank)  # The order is the first process's all the same.
+            found[name] = trained(network, samples)
+        for kind in APART:
+            network, samples = small(kind)
+            model, (x, labels) = parallel(network), next(iter(Batches(samples, SIZE, shuffled=False)))
+            F.cross_entropy(model(x), labels).backward()
+            found[kind, "apart"] = gradients_of(network)
+        found["seen"] = seen_samples(rank)
+        torch.manual_seed(3)
+        draw_independently(3)
+        found["mask"] = dropout_mask((50,), 0.5, torch.zeros(0))
+    flags = ["--path", str(folder), "--train-batch", "20", "--epochs", "2", "--checkpoint-every", "2", "--device", "cpu"]
+    os.environ["MASTER_PORT"] = str(ports[1])
+    main(fmnist_mlp.RECIPE, [*flags, "--manualSeed", "1", "-c", str(folder / "whole")])
+    os.environ["MASTER_PORT"] = str(ports[2])
+    main(fmnist_mlp.RECIPE, [*flags, "--resume", str(folder / "whole" / PREVIOUS), "-c", str(folder / "resumed")])
+    found["folder"] = folder
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def seen_samples(seed):
+    """The numbers of the samples that this process gets, batch by batch: in an epoch of training, then in the test."""
+    network, seen = f400(3, inputs=1, classes=2, neuron=make_neuron(0.8, 0.9), time_steps=2), []
+    numbers = torch.arange(COUNT).float()[:, None]
+    samples = Samples(numbers, torch.zeros(COUNT, dtype=torch.int64), lambda x: (seen.append(x[:, 0].int().tolist()), x)[1])
+    torch.manual_seed(seed)
+    train_one_epoch(network, Batches(samples, SIZE, shuffled=True), make_optimizer(network, ARGS), lambda iteration: 0.0,
+                    model=parallel(network))
+    evaluate(network, Batches(samples, 4, shuffled=False))
+    return seen
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_small_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What each of the two processes found."""
+    folder = write_small_data(tmp_path_factory.mktemp("two"))
+    torch.multiprocessing.spawn(in_process, ([free_port() for _ in range(3)], folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_synchronised_batch_norms_two_processes_compute_what_one_does(two, name):
+    network, samples = small(**CASES[name])
+    torch.manual_seed(0)
+    one = trained(network, samples)
+    assert one["tally"].not_converged == 0 and one["tally"].mean_iterations > 5 and len(one["gradients"]) == 3
+    for process in two:
+        found = process[name]
+        for averages, expected in zip(found["averages"], one["averages"]):
+            assert averages.loss == pytest.approx(expected.loss, rel=1e-5) and averages[1:] == pytest.approx(expected[1:], rel=1e-12)
+        for gradients, expected in zip(found["gradients"], one["gradients"]):
+            # A bias before a batch norm has no gradient but rounding errors.
+            largest = max(gradient.norm() for gradient in expected.values())
+            for key, gradient in expected.items():
+                error = (gradients[key] - gradient).norm()
+                assert error <= 1e-5 * (largest if key.endswith("linear.bias") else gradient.norm()), key
+        for key, tensor in one["tensors"].items():
+            torch.testing.assert_close(found["tensors"][key], tensor, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ("F400", "AlexNet-F", "AlexNet-F, J in evaluation"))
+def test_a_joint_solve_counts_once_and_separate_ones_each(two, name):
+    network, samples = small(**CASES[name])
+    found = two[0][name]["tally"], two[1][name]["tally"]
+    assert [tally.solves for tally in found] == ([3, 0] if name == "AlexNet-F" else [3, 3])
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_without_them_the_gradient_is_the_mean_of_the_shares_own(two, kind):
+    halves = []
+    for part in (slice(0, 3), slice(3, 6)):
+        network, (inputs, labels, _) = small(kind)
+        F.cross_entropy(network(inputs[part]), labels[part]).backward()
+        halves.append(gradients_of(network))
+    for process in two:
+        for name, gradient in process[kind, "apart"].items():
+            torch.testing.assert_close(gradient, (halves[0][name] + halves[1][name]) / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_each_sample_has_one_place_in_an_epoch_and_one_in_the_test(two):
+    """The processes' shares of each batch, in a row, are the batch that one process takes; the last test batch has a single sample."""
+    first, second = (process["seen"] for process in two)
+    assert [(len(mine), len(theirs)) for mine, theirs in zip(first, second)] == [(3, 3), (3, 3), (2, 3), *4 * [(2, 2)], (0, 1)]
+    together = [mine + theirs for mine, theirs in zip(first, second)]
+    assert together == seen_samples(0)
+    assert sorted(sum(together[:3], [])) == sorted(sum(together[3:], [])) == list(range(COUNT))
+
+
+def test_dropout_masks_are_each_processs_own(two):
+    assert not torch.equal(two[0]["mask"], two[1]["mask"])
+
+
+def test_a_resumed_job_ends_as_one_that_was_not_stopped(two):
+    """Bit for bit, from within an epoch, with dropout, whose masks each process draws from a random state of its own."""
+    whole, resumed = (load_checkpoint(two[0]["folder"] / run / LATEST) for run in ("whole", "resumed"))
+    middle = load_checkpoint(two[0]["folder"] / "whole" / PREVIOUS)
+    assert (middle.epoch, middle.iteration) == (1, 2) and len(middle.random_state["others"]) == 1
+    assert whole.epoch == resumed.epoch == 2 and whole.log_rows == resumed.log_rows
+    assert all(torch.equal(tensor, resumed.state_dict[name]) for name, tensor in whole.state_dict.items())
+    assert not torch.equal(whole.state_dict["readout.weight"], middle.state_dict["readout.weight"])
+
+
+def torchrun(*arguments):
+    """A job of two processes on this machine, as a process that is its own group."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+                             ROOT / "fmnist_mlp.py", *map(str, arguments)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ended(job, seconds):
+    """Exit status, standard output and error of the job, which must end within so many seconds."""
+    try:
+        out, err = job.communicate(timeout=seconds)
+    finally:
+        if job.poll() is None:
+            job.terminate()
+    return job.returncode, out, err
+
+
+def test_torchrun_trains_and_evaluates_as_one_process_does(data, tmp_path):
+    flags = ["--path", data, "--epochs", 2, "--train-batch", 20, "--test-batch", 8, "--drop", 0, "--manualSeed", 1, "--tol", 1e-6,
+             "--device", "cpu"]
+    status, out, err = ended(torchrun(*flags, "--sync-bn", "--firing-rate", "-c", tmp_path / "two"), 120)
+    assert status == 0, err
+    alone = command(*flags, "--firing-rate", "-c", tmp_path / "one")
+    assert alone[0] == 0, alone
+    assert len(re.findall("^epoch ", out, re.MULTILINE)) == 2 and out.count("Training on 60") == 1
+    rates, rates_alone = (re.findall(r"firing rate (\S+)", text) for text in (out, alone[1]))
+    assert [*map(float, rates)] == pytest.approx([*map(float, rates_alone)], rel=1e-3) and len(rates) == 2
+    rows, rows_alone = (read_log(tmp_path / run / "log.txt") for run in ("two", "one"))
+    assert len(rows) == 2
+    for row, expected in zip(rows, rows_alone):
+        assert row[:3] == pytest.approx(expected[:3], rel=1e-4) and row[3:] == expected[3:]
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+    _, evaluated, _ = command("--path", data, "--resume", tmp_path / "two" / LATEST, "--evaluate", "--device", "cpu")
+    assert f"top-1 {rows[-1][4]:.2f} %" in evaluated
+
+
+def test_a_lost_process_ends_the_job_which_resumes_and_is_interrupted(data, tmp_path):
+    flags = ["--path", data, "--train-batch", 20, "--epochs", 100000, "--checkpoint-every", 1, "-c", tmp_path, "--device", "cpu"]
+    job = torchrun(*flags)
+    wait_for(tmp_path / PREVIOUS, job)
+    os.kill(process_of(job, rank=1), signal.SIGKILL)
+    killed = time.monotonic()
+    status, out, err = ended(job, 60)
+    assert status != 0 and time.monotonic() - killed < 30
+    assert "another process of the job has died" in err and f"--resume auto -c {tmp_path}" in err
+    kept = newest_checkpoint(tmp_path)
+    before = load_checkpoint(kept)
+
+    job = torchrun(*flags, "--resume", "auto")
+    wait_for(tmp_path / LATEST, job, newer_than=(tmp_path / LATEST).stat().st_mtime_ns)
+    job.send_signal(signal.SIGTERM)
+    status, out, err = ended(job, 60)
+    assert status != 0 and out.count("Going on from") == 1 and err.count("Stopped by SIGTERM") == 1
+    after = load_checkpoint(tmp_path / LATEST)
+    assert (after.epoch, after.iteration) > (before.epoch, before.iteration)
+    status, out, _ = command(*flags, "--resume", "auto", "--epochs", after.epoch + 1)
+    assert status == 0 and "Going on from" in out
+
+
+def wait_for(path, job, newer_than=0):
+    deadline = time.monotonic() + 90
+    while not path.exists() or path.stat().st_mtime_ns <= newer_than:
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()
+        time.sleep(0.1)
+
+
+def process_of(job, rank):
+    """The number of the job's process of this rank."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    return next(int(child) for child in children
+                if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"))
+
+
+@pytest.mark.parametrize("train_batch,samples,sync,complaint", [
+    (20, 60, False, None), (20, 64, False, None), (20, 63, True, None), (20, 62, True, None),
+    (21, 60, False, "give a multiple of 2"), (20, 63, False, "smallest batch has 3 samples"),
+    (20, 61, True, "smallest batch has 1 samples"),
+])
+def test_batches_that_two_processes_cannot_share_are_refused(monkeypatch, train_batch, samples, sync, complaint):
+    monkeypatch.setattr(utils.processes, "process_count", lambda: 2)
+    args = Namespace(train_batch=train_batch, sync_bn=sync)
+    if complaint is None:
+        return check_batches(args, samples)
+    with pytest.raises(UserError, match=complaint):
+        check_batches(args, samples)
+
+
+@pytest.mark.parametrize("given", (["--gpu-id", "0,1"], ["--gpu-id=0,1"], ["--gpu", "0,1"]), ids=" ".join)
+def test_several_gpus_are_refused_with_the_command_that_uses_them(given, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fmnist_mlp.py", "--gamma", "0.1", *given, "-c", "a folder"])
+    with pytest.raises(SystemExit) as exit:
+        main(fmnist_mlp.RECIPE)
+    assert exit.value.code == 2
+    assert (f"CUDA_VISIBLE_DEVICES=0,1 {sys.executable} -m torch.distributed.run --nproc_per_node 2 fmnist_mlp.py --gamma 0.1 "
+            "-c 'a folder'") in capsys.readouterr().err
+
+
+def test_a_process_without_a_device_of_its_own_says_so(monkeypatch):
+    for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="process 1 of this machine finds 1 CUDA device"):
+        choose_device("auto", "0")
+    assert choose_device("cpu", "0") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", "0") == torch.device("cuda", 1)
