@@ -18,7 +18,7 @@ def test_scalars_are_the_logs_numbers_over_a_resumed_run(tmp_path):
         assert status == 0, err
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     names = ["learning rate", "loss/training", "loss/test", "accuracy/training", "accuracy/test"]
-    assert set(events.Tags()["scalars"]) == {*names, "solver/iterations", "solver/not converged"}
+    assert set(events.Tags()["scalars"]) == {*names, "solver/iterations", "solver/not converged", "equilibrium residual"}
     for name, column in zip(names, zip(*read_log(run / "log.txt"))):
         assert [scalar.step for scalar in events.Scalars(name)] == [1, 2, 3]
         assert [scalar.value for scalar in events.Scalars(name)] == pytest.approx(column, abs=1e-5)
