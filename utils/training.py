@@ -79,7 +79,8 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
             reading = Reading(total(loss.detach() + torch.cat(statistics).sum()))
             optimizer.zero_grad()
             # The processes' gradients are averaged, and each sample of the batch counts the same.
-            (loss * (process_count() * len(labels) / batches.whole(iteration))).backward()
+            weight = process_count() * len(labels) / batches.whole(iteration)
+            (loss if weight == 1 else loss * weight).backward()
             # The solve in there has read values that a GPU computes after the loss, so this waits for nothing.
             if math.isfinite(reading.value()):
                 optimizer.step()
