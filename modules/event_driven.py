@@ -38,6 +38,7 @@ class Geometry:
     """The C struct `map` of modules/native.h with the arrays that it points to, which it keeps alive."""
 
     def __init__(self, in_positions: int, in_channels: int, out_channels: int, kernel_size: int, windows: Sequence[List[Segment]]):
+        windows = [window or [(0, 0, 0)] for window in windows]  # An output that sees no input still gets its bias.
         counts = np.cumsum([0] + [len(window) for window in windows])
         flat = np.array([segment for window in windows for segment in window], dtype=np.int64).reshape(-1, 3)
         rows = (flat[:, 2] - flat[:, 0]) * in_channels

@@ -99,16 +99,15 @@ add_row(vector *sum, const float *rows, const struct active *active, int k, cons
             sum[v] += row[v];
 }
 
-/* One segment of an output position of one panel, added to what is in `out` but for the first. Two chains of additions, as one alone
- * would wait for itself. */
+/* One segment of an output position of one panel, on top of what `out` holds (the bias, or nothing yet, before the first one). Two chains
+ * of additions, as one alone would wait for itself. */
 static inline __attribute__((always_inline)) void
-add_segment(const struct map *map, const float *panel, const struct active *active, int segment, float *out, ptrdiff_t width,
-            const int weighted)
+add_segment(const struct map *map, const float *panel, const struct active *active, int segment, const float *before, float *out,
+            ptrdiff_t width, const int weighted)
 {
     vector sum[VECTORS] = {{0}}, more[VECTORS] = {{0}};
     const float *rows = panel + (ptrdiff_t)map->row[segment] * PANEL;
     int k = active->start[map->from[segment]], end = active->start[map->to[segment]];
-    memcpy(more, out, width * sizeof *out);
     for (; k + 1 < end; k += 2) {
         add_row(sum, rows, active, k, weighted);
         add_row(more, rows, active, k + 1, weighted);
@@ -117,11 +116,17 @@ add_segment(const struct map *map, const float *panel, const struct active *acti
         add_row(sum, rows, active, k, weighted);
     for (int v = 0; v < VECTORS; v++)
         sum[v] += more[v];
-    memcpy(out, sum, width * sizeof *out);
+    if (width == PANEL) {
+        for (int v = 0; before && v < VECTORS; v++)
+            sum[v] += ((const vector *)before)[v];
+        memcpy(out, sum, sizeof sum);
+    } else
+        for (int i = 0; i < width; i++)
+            out[i] = ((const float *)sum)[i] + (before ? before[i] : 0.0f);
 }
 
 /* Segment by segment, the first of all output positions before the second of any: for a convolution these are the rows of its kernel,
- * of which one at a time stays in the cache. */
+ * of which one at a time stays in the cache. Every output position has a segment, if an empty one. */
 void add_rows(const struct map *map, const float *packed, const float *bias, const struct active *active, float *const *out, int count)
 {
     ptrdiff_t channels = map->out_channels, positions = map->out_positions;
@@ -129,12 +134,6 @@ void add_rows(const struct map *map, const float *packed, const float *bias, con
     for (ptrdiff_t p = 0; p < positions; p++)
         if (map->segments[p + 1] - map->segments[p] > most)
             most = map->segments[p + 1] - map->segments[p];
-    for (int s = 0; s < count; s++)
-        for (ptrdiff_t p = 0; p < positions; p++)
-            if (bias)
-                memcpy(out[s] + p * channels, bias, channels * sizeof *bias);
-            else
-                memset(out[s] + p * channels, 0, channels * sizeof *bias);
     for (ptrdiff_t first = 0; first < channels; first += PANEL) {
         const float *panel = packed + first * map->rows;
         ptrdiff_t width = channels - first < PANEL ? channels - first : PANEL;
@@ -142,17 +141,14 @@ void add_rows(const struct map *map, const float *packed, const float *bias, con
             for (int s = 0; s < count; s++)
                 for (ptrdiff_t p = 0; p < positions; p++) {
                     int segment = map->segments[p] + j;
-                    float *to = out[s] + p * channels + first;
                     if (segment >= map->segments[p + 1])
                         continue;
-                    if (width == PANEL && active[s].factors)
-                        add_segment(map, panel, active + s, segment, to, PANEL, 1);
-                    else if (width == PANEL)
-                        add_segment(map, panel, active + s, segment, to, PANEL, 0);
-                    else if (active[s].factors)
-                        add_segment(map, panel, active + s, segment, to, width, 1);
+                    float *to = out[s] + p * channels + first;
+                    const float *before = j > 0 ? to : bias ? bias + first : NULL;
+                    if (active[s].factors)
+                        add_segment(map, panel, active + s, segment, before, to, width, 1);
                     else
-                        add_segment(map, panel, active + s, segment, to, width, 0);
+                        add_segment(map, panel, active + s, segment, before, to, width, 0);
                 }
     }
 }

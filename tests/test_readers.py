@@ -5,6 +5,7 @@ import gzip
 import os
 import pickle
 import struct
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -390,16 +391,32 @@ def test_folders_and_files_in_each_others_place(tmp_path):
         assert status == 2 and named in err.splitlines()[-1] and "Traceback" not in err, (flags, err)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read any file")
-def test_files_that_may_not_be_read(tmp_path):
-    data = write_small_data(tmp_path / "data")
-    for path in (data / "FashionMNIST/raw/train-images-idx3-ubyte", tmp_path / "checkpoint"):
-        path.touch()
-        path.chmod(0)
-        flags = ["--resume", path] if path.parent == tmp_path else []
-        status, _, err = command("--path", data, *flags)
-        assert status == 2 and str(path) in err and "Traceback" not in err
-        path.chmod(0o600)
+def test_files_that_may_not_be_read():
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        data = write_small_data(Path(folder) / "data")
+        for path in (data / "FashionMNIST/raw/train-images-idx3-ubyte", Path(folder) / "checkpoint"):
+            path.touch()
+            flags = ["--path", data, "--epochs", 1, *(["--resume", path] if path.name == "checkpoint" else [])]
+            command(*flags, "-c", f"{folder}/run")  # imports what another user may not be able to
+            path.chmod(0)
+            with as_nobody():
+                status, _, err = command(*flags, "-c", f"{folder}/other")
+            assert status == 2 and str(path) in err and "Traceback" not in err
+            path.chmod(0o600)
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Root may read any file, so it is another user in here."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 def test_a_cache_that_states_a_gigantic_array(tmp_path):
