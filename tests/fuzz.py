@@ -23,7 +23,8 @@ from typing import Callable, Iterator, Optional, Sequence
 
 import torch
 
-from tests.fuzz_readers import READERS, Refused
+from tests.fuzz_alterations import Refused
+from tests.fuzz_readers import READERS
 
 LIMIT_S = 5.0
 LIMIT_BYTES = 64 * 2**20
