@@ -145,6 +145,15 @@ def two(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
+def scale(key, size, dtype):
+    """The size that the error of a parameter's gradient is measured against."""
+    if key.endswith("linear.bias"):  # Before a batch norm a bias has no gradient but rounding errors.
+        return max(size.values())
+    if key == "feedback.g" and dtype == torch.float32:  # A sum over the weight, of terms that may cancel but for a thousandth.
+        return size["feedback.w"]
+    return size[key]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_with_synchronised_batch_norms_two_processes_compute_what_one_does(two, name):
     network, samples = small(**CASES[name])
@@ -156,11 +165,9 @@ def test_with_synchronised_batch_norms_two_processes_compute_what_one_does(two, 
         for averages, expected in zip(found["averages"], one["averages"]):
             assert averages.loss == pytest.approx(expected.loss, rel=1e-5) and averages[1:] == pytest.approx(expected[1:], rel=1e-12)
         for gradients, expected in zip(found["gradients"], one["gradients"]):
-            # A bias before a batch norm has no gradient but rounding errors.
-            largest = max(gradient.norm() for gradient in expected.values())
+            size = {key: gradient.norm() for key, gradient in expected.items()}
             for key, gradient in expected.items():
-                error = (gradients[key] - gradient).norm()
-                assert error <= 1e-5 * (largest if key.endswith("linear.bias") else gradient.norm()), key
+                assert (gradients[key] - gradient).norm() <= 1e-5 * scale(key, size, gradient.dtype), key
         for key, tensor in one["tensors"].items():
             torch.testing.assert_close(found["tensors"][key], tensor, rtol=1e-5, atol=1e-6, msg=key)
 
