@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.connection import masked, unit_norm_filters_
+from modules import native
+from modules.connection import unit_norm_filters_
 from modules.linear_map import LinearMap
+from modules.simulation import Synapses
 
 INITIAL_POWER_ITERATIONS = 10
 # An operator's largest singular values lie close together, so that the first estimate takes longer.
@@ -17,6 +19,8 @@ INITIAL_OPERATOR_ITERATIONS = 50
 def power_iteration(weight: Tensor, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """σ, u and v after one more iteration from u, v first: v = Wᵀu / ‖Wᵀu‖, σ = ‖W v‖ = uᵀ W v, u = W v / σ."""
     matrix = weight.flatten(1)
+    if native.serves(matrix):
+        return native.power_iteration(matrix.contiguous(), u)
     v = u @ matrix
     v = v / torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
     product = matrix @ v
@@ -25,20 +29,24 @@ def power_iteration(weight: Tensor, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
 
 
 class _SpectralNormalise(torch.autograd.Function):
-    """gain · w / σ(w), where ∂σ/∂W = u vᵀ, as u and v are held constant."""
+    """clamp(g, −1, 1) · w / σ(w), where ∂σ/∂W = u vᵀ, as u and v are held constant."""
 
     @staticmethod
-    def forward(ctx, w, gain, sigma, u, v):
-        ctx.save_for_backward(w, gain, sigma, u, v)
-        return w * (gain / sigma)
+    def forward(ctx, w, g, sigma, u, v):
+        gain = g.clamp(-1, 1)
+        scale = gain / sigma
+        ctx.save_for_backward(w, g == gain, scale, sigma, u, v)
+        return w * scale
 
     @staticmethod
     def backward(ctx, gradient):
-        w, gain, sigma, u, v = ctx.saved_tensors
+        w, unclamped, scale, sigma, u, v = ctx.saved_tensors
+        if native.serves(gradient):
+            gradient_w, along = native.normalised_backward(gradient.contiguous(), w.contiguous(), u, v, scale.item(), sigma.item())
+            return gradient_w, along * unclamped, None, None, None
         along = torch.dot(gradient.flatten(), w.flatten()) / sigma
-        scale = gain / sigma
         gradient_w = (gradient * scale).flatten(1).addr_(u * (along * scale), v, alpha=-1)
-        return gradient_w.view_as(w), along, None, None, None
+        return gradient_w.view_as(w), along * unclamped, None, None, None
 
 
 class Feedback(nn.Module):
@@ -102,12 +110,18 @@ class Feedback(nn.Module):
         if self.operator_input is not None:
             sigma = (u * self.map(v[None], self.w)[0]).sum()
             return self.w * (self.g.clamp(-1, 1) / sigma)
-        return _SpectralNormalise.apply(self.w, self.g.clamp(-1, 1), sigma, u, v)
+        return _SpectralNormalise.apply(self.w, self.g, sigma, u, v)
 
     def _store(self, u: Tensor, v: Tensor) -> None:
         self.u.copy_(u)
         self.v.copy_(v)
 
-    def forward(self, spikes: Tensor, weight: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """mask · B s for spikes or rates (batch, …) of the last layer, with `weight` from `normalised_weight`."""
-        return masked(self.map(spikes, weight).to(spikes.dtype), mask)
+    def forward(self, current: Tensor, rate: Tensor, weight: Tensor, mask: Optional[Tensor] = None,
+                synapses: Optional[Synapses] = None) -> Tensor:
+        """current + mask · B a, the first layer's drive, for rates a (batch, …) of the last layer and `weight` from `normalised_weight`.
+
+        `synapses`, if given, hold the same weight, and pass over silent units where that is faster.
+        """
+        product = self.map(rate, weight) if synapses is None else synapses.of_rates(rate, weight)
+        product = product.to(rate.dtype)
+        return current + product if mask is None else torch.addcmul(current, product, mask)

@@ -39,6 +39,14 @@ class LinearMap(NamedTuple):
         mirrored, weight = self.mirrored(weight, input_shape)
         return mirrored(v, weight)
 
+    def weight_gradient(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """∂L/∂W, of the shape of `weight`, from ∂L/∂(W x) (batch, *output shape) and x (batch, *input shape)."""
+        if self.kind == "dense":
+            return gradient.t() @ x
+        if self.kind == "transposed":  # The adjoint of a convolution: what comes out and what goes in change places.
+            gradient, x = x, gradient
+        return torch.nn.grad.conv2d_weight(x, weight.shape, gradient, self.stride, self.padding)
+
     def mirrored(self, weight: Tensor, input_shape: Sequence[int]) -> Tuple["LinearMap", Tensor]:
         """The adjoint as a map of its own, and its weight. `input_shape` settles what a stride leaves open."""
         if self.kind == "dense":

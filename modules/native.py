@@ -25,7 +25,7 @@ _FOLDER = Path(__file__).parent
 _COMPILE = ["cc", "-O3", "-fPIC", *(["-fopenmp"] if sys.platform == "linux" else []), "-c"]
 _TUNED = (["-march=native"], ["-mcpu=native"], [])  # Which of them a compiler knows depends on it and on the processor.
 _SOURCES = {"native_neuron.c": ["-ffp-contract=off"], "native_events.c": ["-ffp-contract=fast"],
-            "native_solve.c": ["-ffp-contract=fast"]}
+            "native_solve.c": ["-ffp-contract=fast"], "native_spectral.c": ["-ffp-contract=fast"]}
 _LINK = ["cc", "-shared", "-lm"]
 
 
@@ -53,12 +53,16 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.neuron_step_shared.argtypes = [pointer] * 6 + [size, real, real]
     kernels.spike_step.argtypes = [pointer] * 9 + [size, real, real]
     kernels.neuron_step_shared.restype = kernels.spike_step.restype = size
+    kernels.product.argtypes = [pointer] * 5 + [size]
     kernels.pack_rows.argtypes = [pointer] + [size] * 4 + [pointer]
     kernels.pack_rows.restype = None
-    kernels.keep_mask.argtypes = [pointer, pointer, size, ctypes.c_int, real]
+    kernels.keep_mask.argtypes = [ctypes.c_uint64, pointer, size, ctypes.c_int, real]
     kernels.keep_mask.restype = None
     kernels.saturate.argtypes = [pointer] * 3 + [size, real]
     kernels.saturate.restype = None
+    kernels.power_iteration.argtypes = [pointer] * 5 + [size] * 2
+    kernels.normalised_backward.argtypes = [pointer] * 4 + [real] * 2 + [pointer] * 3 + [size] * 2
+    kernels.power_iteration.restype = kernels.normalised_backward.restype = None
     kernels.simulate_layer.argtypes = [pointer] * 5 + [size] * 2 + [double, real, real]
     kernels.more_active_than.argtypes = [pointer, size, double]
     kernels.solve_layer.argtypes = [pointer] * 5 + [size, double, size, double] + [pointer] * 2
@@ -121,11 +125,10 @@ def spike_step(synapses: "EventMap", source: Tensor, current: Optional[Tensor], 
     return _check(library().spike_step(synapses.geometry.pointer, *pointers, len(source), threshold, leak))
 
 
-def apply(synapses: "EventMap", source: Tensor) -> Tensor:
-    """W s + b for spikes `source` by an event-driven map; both are laid out as `kernel_layout` gives them."""
-    out = synapses.empty_output(len(source))
-    pointers = map(_pointer, (synapses.packed, synapses.bias, source, None, None, None, out, None))
-    _check(library().spike_step(synapses.geometry.pointer, *pointers, len(source), 0.0, 0.0))
+def product(map: "EventMap", x: Tensor) -> Tensor:
+    """W x + b by an event-driven map, which passes over the zeros in x; both are laid out as `kernel_layout` gives them."""
+    out = map.empty_output(len(x))
+    _check(library().product(map.geometry.pointer, *(_pointer(tensor) for tensor in (map.packed, map.bias, x, out)), len(x)))
     return out
 
 
@@ -137,10 +140,10 @@ def pack_rows(matrix: Tensor) -> Tensor:
     return packed
 
 
-def keep_mask(draws: Tensor, count: int, least: int, scale: float) -> Tensor:
-    """A float32 mask (count,): `scale` where an int16 draw is at least `least`, else 0."""
+def keep_mask(seed: int, count: int, least: int, scale: float) -> Tensor:
+    """A float32 mask (count,): `scale` where a draw of `modules.connection.random_draws` is at least `least`, else 0."""
     mask = torch.empty(count)
-    library().keep_mask(draws.data_ptr(), mask.data_ptr(), count, least, scale)
+    library().keep_mask(seed, mask.data_ptr(), count, least, scale)
     return mask
 
 
@@ -151,6 +154,21 @@ def saturate(drive: Tensor, threshold: float) -> Tuple[Tensor, Tensor]:
     rate, slope = torch.empty_like(drive), torch.empty_like(drive)
     library().saturate(drive.data_ptr(), rate.data_ptr(), slope.data_ptr(), drive.numel(), threshold)
     return rate, slope
+
+
+def power_iteration(matrix: Tensor, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """`modules.feedback.power_iteration` of a contiguous matrix (rows, columns)."""
+    sigma, following, v = matrix.new_empty(()), torch.empty_like(u), matrix.new_empty(matrix.shape[1])
+    library().power_iteration(*map(_pointer, (matrix, u, following, v, sigma)), *matrix.shape)
+    return sigma, following, v
+
+
+def normalised_backward(gradient: Tensor, w: Tensor, u: Tensor, v: Tensor, scale: float, sigma: float) -> Tuple[Tensor, Tensor]:
+    """∂L/∂w and ∂L/∂gain from ∂L/∂(scale · w), scale = gain / σ(w) with u and v held constant; w and the gradient are contiguous."""
+    gradient_w, along, sums = torch.empty_like(w), w.new_empty(()), torch.empty_like(u)
+    library().normalised_backward(*map(_pointer, (gradient, w, u, v)), scale, sigma, *map(_pointer, (sums, along, gradient_w)),
+                                  len(u), len(v))
+    return gradient_w, along
 
 
 def simulate_layer(feedback: "EventMap", current: Tensor, mask: Optional[Tensor], time_steps: int, most_active: float,

@@ -25,6 +25,29 @@ void *thread_scratch(size_t bytes)
     return memory;
 }
 
+#ifdef __AVX2__
+/* to[i][j] = from[j][i] for 8 x 8 floats, `to` having rows of PANEL. */
+static void transpose(const float *from, ptrdiff_t stride, float *to)
+{
+    __m256 row[8], pair[8];
+    for (int j = 0; j < 8; j++)
+        row[j] = _mm256_loadu_ps(from + j * stride);
+    for (int j = 0; j < 8; j += 2) { /* pair[j]: columns 0, 1, 4, 5 of rows j and j + 1; pair[j + 1]: columns 2, 3, 6, 7 */
+        pair[j] = _mm256_unpacklo_ps(row[j], row[j + 1]);
+        pair[j + 1] = _mm256_unpackhi_ps(row[j], row[j + 1]);
+    }
+    for (int half = 0; half < 8; half += 4) /* row[half + c]: columns c and c + 4 of rows half .. half + 3 */
+        for (int high = 0; high < 2; high++) {
+            row[half + 2 * high] = _mm256_shuffle_ps(pair[half + high], pair[half + 2 + high], 0x44);
+            row[half + 2 * high + 1] = _mm256_shuffle_ps(pair[half + high], pair[half + 2 + high], 0xee);
+        }
+    for (int column = 0; column < 4; column++) {
+        _mm256_storeu_ps(to + column * PANEL, _mm256_permute2f128_ps(row[column], row[column + 4], 0x20));
+        _mm256_storeu_ps(to + (column + 4) * PANEL, _mm256_permute2f128_ps(row[column], row[column + 4], 0x31));
+    }
+}
+#endif
+
 /* Pack a matrix (rows, columns) of any strides panel by panel, with zeros behind the last column. */
 void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_stride, ptrdiff_t rows, ptrdiff_t columns, float *packed)
 {
@@ -37,12 +60,16 @@ void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_strid
                 memcpy(panel + i * PANEL, matrix + i * row_stride + first, PANEL * sizeof *panel);
             continue;
         }
-        for (ptrdiff_t block = 0; block < rows; block += LANES) { /* whole cache lines of a transposed matrix */
-            ptrdiff_t end = block + LANES < rows ? block + LANES : rows;
+        ptrdiff_t i = 0;
+#ifdef __AVX2__
+        if (row_stride == 1 && width == PANEL)
+            for (; i + 8 <= rows; i += 8)
+                for (ptrdiff_t j = 0; j < PANEL; j += 8)
+                    transpose(matrix + i + (first + j) * column_stride, column_stride, panel + i * PANEL + j);
+#endif
+        for (; i < rows; i++)
             for (ptrdiff_t j = 0; j < PANEL; j++)
-                for (ptrdiff_t i = block; i < end; i++)
-                    panel[i * PANEL + j] = j < width ? matrix[i * row_stride + (first + j) * column_stride] : 0.0f;
-        }
+                panel[i * PANEL + j] = j < width ? matrix[i * row_stride + (first + j) * column_stride] : 0.0f;
     }
 }
 
@@ -173,7 +200,7 @@ static void place_group(const struct map *map, char *scratch, struct active *act
 
 /* One time step of a layer whose input comes through `map` from the spikes `source` (batch, in_positions, in_channels):
  * I = current + mask * (bias + W source), then neuron_step. current and mask may be null; all the others are (batch, out_positions,
- * out_channels). Without `potential`, `spikes` only receives bias + W source. Returns the number of spikes, -1 where memory is short. */
+ * out_channels). Returns the number of spikes, -1 where memory is short. */
 ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bias, const float *source, const float *current,
                      const float *mask, float *potential, float *spikes, float *total, ptrdiff_t batch, float threshold, float leak)
 {
@@ -190,19 +217,48 @@ ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bi
             continue;
         }
         place_group(map, (char *)scratch, active, products);
-        for (int s = 0; s < count; s++) {
+        for (int s = 0; s < count; s++)
             list_active(source + (first + s) * inputs, map->in_positions, map->in_channels, active + s);
-            if (!potential)
-                products[s] = spikes + (first + s) * outputs;
-        }
         add_rows(map, packed, bias, active, products, count);
-        for (int s = 0; s < count && potential; s++) {
+        for (int s = 0; s < count; s++) {
             ptrdiff_t at = (first + s) * outputs;
             fired += neuron_step(current ? current + at : NULL, products[s], mask ? mask + at : NULL, potential + at, spikes + at,
                                  total ? total + at : NULL, outputs, threshold, leak);
         }
     }
     return failed ? -1 : fired;
+}
+
+/* out (batch, out_positions, out_channels) = bias + W source for source (batch, in_positions, in_channels) of any values. Returns -1
+ * where memory is short, else 0. */
+int product(const struct map *map, const float *packed, const float *bias, const float *source, float *out, ptrdiff_t batch)
+{
+    ptrdiff_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels;
+    ptrdiff_t group = batch < 2 * GROUP ? (batch + 1) / 2 : GROUP;
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic, 1) reduction(| : failed)
+    for (ptrdiff_t first = 0; first < batch; first += group) {
+        int count = batch - first < group ? batch - first : group;
+        struct active active[GROUP];
+        size_t each = sizeof(int) * (map->in_positions + 1 + inputs + 1) + sizeof(float) * inputs;
+        float *products[GROUP];
+        char *scratch = thread_scratch(count * each);
+        if (!scratch) {
+            failed = 1;
+            continue;
+        }
+        for (int s = 0; s < count; s++, scratch += each) {
+            int *start = (int *)scratch, *units = start + map->in_positions + 1;
+            const float *values = source + (first + s) * inputs;
+            active[s] = (struct active){start, units, (float *)(units + inputs + 1)};
+            list_active(values, map->in_positions, map->in_channels, active + s);
+            for (int k = 0; k < start[map->in_positions]; k++)
+                active[s].factors[k] = values[units[k]];
+            products[s] = out + (first + s) * outputs;
+        }
+        add_rows(map, packed, bias, active, products, count);
+    }
+    return -failed;
 }
 
 /* A group's samples, a thread's own memory: their lists, products, membrane potentials and spikes. */

@@ -3,8 +3,11 @@
  * Compiled without contraction to fused multiply-adds, so that every rounding, and so every spike, equals PyTorch's. */
 #include "native.h"
 
+#include <stdint.h>
+
 #define PARALLEL_FROM 32768
 #define STRETCH 8192 /* neurons that a thread takes at a time */
+#define DRAWS 1024 /* random numbers in the first-level cache */
 
 /* I = current + mask * synaptic;  u = leak (u - threshold s) + I;  s = u >= threshold;  total = leak total + s.
  * Parts that are absent (a null pointer) are left out; the flags are constants, so each case is its own loop, which the compiler
@@ -70,10 +73,28 @@ void saturate(const float *restrict drive, float *restrict rate, float *restrict
     }
 }
 
-/* A dropout mask: scale where a uniform 16-bit draw is at least `least`, else 0. */
-void keep_mask(const short *restrict draws, float *restrict mask, ptrdiff_t n, int least, float scale)
+/* The n-th number of SplitMix64, a generator that jumps to any place of its sequence at once (Steele, Lea, Flood, OOPSLA 2014). */
+static inline uint64_t splitmix(uint64_t seed, uint64_t n)
 {
-#pragma omp parallel for simd if (n >= PARALLEL_FROM)
-    for (ptrdiff_t i = 0; i < n; i++)
-        mask[i] = draws[i] >= least ? scale : 0.0f;
+    uint64_t z = seed + n * 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+/* A dropout mask: scale where a uniform 16-bit draw is at least `least`, else 0. */
+void keep_mask(uint64_t seed, float *restrict mask, ptrdiff_t n, int least, float scale)
+{
+#pragma omp parallel for if (n >= PARALLEL_FROM)
+    for (ptrdiff_t at = 0; at < n; at += DRAWS) {
+        union {
+            uint64_t words[DRAWS / 4];
+            int16_t draws[DRAWS];
+        } random;
+        for (int i = 0; i < DRAWS / 4; i++)
+            random.words[i] = splitmix(seed, at / 4 + i + 1);
+        ptrdiff_t count = n - at < DRAWS ? n - at : DRAWS;
+        for (ptrdiff_t i = 0; i < count; i++)
+            mask[at + i] = random.draws[i] >= least ? scale : 0.0f;
+    }
 }

@@ -73,9 +73,10 @@ class FeedbackSNN(nn.Module):
         if self.surrogate and torch.is_grad_enabled():
             rate = self._unroll(x, mean_input, current, weight, masks, observe)
         else:
-            rate = self._simulate(x, mean_input, current.detach(), weight.detach(), masks, observe)
+            loop, source = self._loop(x, mean_input, current.detach(), weight.detach(), masks)
+            rate = self._simulate(loop, source, observe)
             if torch.is_grad_enabled():
-                rate = self._with_gradient(rate, current, weight, masks)
+                rate = self._with_gradient(rate, current, weight, masks, loop.feedback)
         return self.readout(rate.flatten(1)).to(rate.dtype)
 
     def equilibrium_map(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> Tensor:
@@ -90,21 +91,24 @@ class FeedbackSNN(nn.Module):
 
     def lap(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> List[Tensor]:
         """The rates of all layers on the lap of `equilibrium_map`, whose value is the last of them."""
-        rates = [self.neuron.equilibrium(current + self.feedback(rate, weight, masks.feedback))[0]]
+        rates = [self.neuron.equilibrium(self.feedback(current, rate, weight, masks.feedback))[0]]
         for connection, mask in zip(self.hidden, masks.hidden or [None] * len(self.hidden)):
             rates.append(self.neuron.equilibrium(connection(rates[-1], mask))[0])
         return rates
 
-    def _with_gradient(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks) -> Tensor:
-        """`rate` with the implicit gradient; J is taken at the rate for one layer, at f(rate) with hidden layers."""
+    def _with_gradient(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks, synapses: Synapses) -> Tensor:
+        """`rate` with the implicit gradient; J is taken at the rate for one layer, at f(rate) with hidden layers.
+
+        `synapses` are those of the feedback in the simulation, packed already.
+        """
         if self.hidden:
             mapped = self.equilibrium_map(rate, current, weight, masks)
             self._measure(rate, mapped)
             return attach_gradient(rate, mapped, self.transposed_jacobian(mapped, current, weight, masks), self.solver)
         # The one evaluation of f, at the rate, gives the value and the slope.
-        mapped, slope = self.neuron.equilibrium(current + self.feedback(rate, weight, masks.feedback))
+        mapped, slope = self.neuron.equilibrium(self.feedback(current, rate, weight, masks.feedback, synapses))
         self._measure(rate, mapped)
-        link = Link(self.feedback.map, weight.detach(), rate.shape[1:], masked(slope, masks.feedback))
+        link = Link(self.feedback.map, synapses.weight, rate.shape[1:], masked(slope, masks.feedback))
         return attach_gradient(rate, mapped, TransposedJacobian([link]), self.solver)
 
     @torch.no_grad()
@@ -118,7 +122,7 @@ class FeedbackSNN(nn.Module):
     def transposed_jacobian(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> TransposedJacobian:
         """Jᵀ of f at `rate`; the batch norms of hidden connections as in f, or on running statistics for jacobian_bn "eval"."""
         training = self.training and self.jacobian_bn == "train"
-        layer_rate, slope = self.neuron.equilibrium(current + self.feedback(rate, weight, masks.feedback))
+        layer_rate, slope = self.neuron.equilibrium(self.feedback(current, rate, weight, masks.feedback))
         links = [Link(self.feedback.map, weight, rate.shape[1:], masked(slope, masks.feedback))]
         for connection, mask in zip(self.hidden, masks.hidden or [None] * len(self.hidden)):
             drive, link = connection.linearised(layer_rate, training)
@@ -127,11 +131,9 @@ class FeedbackSNN(nn.Module):
         return TransposedJacobian(links)
 
     @torch.no_grad()
-    def _simulate(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor, masks: Masks,
-                  observe: Optional[Observer]) -> Tensor:
+    def _simulate(self, loop: Loop, source: "StaticInput | EventInput", observe: Optional[Observer] = None) -> Tensor:
         """Firing rate of the last layer after T steps; `observe(t, spikes)` sees every layer's spikes at every step."""
-        loop, source = self._loop(x, mean_input, current, weight, masks)
-        if weight.is_cuda and observe is None:
+        if loop.feedback.weight.is_cuda and observe is None:
             return self._graphed(loop, source, self.time_steps)
         return simulate(loop, source, self.time_steps, observe)
 

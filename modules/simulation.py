@@ -42,6 +42,12 @@ class Synapses:
     def __call__(self, spikes: Tensor) -> Tensor:
         return self.map(spikes, self.weight, self.bias)
 
+    def of_rates(self, rates: Tensor, weight: Tensor) -> Tensor:
+        """W a for constant rates a (batch, *input_shape); `weight` is that of the map, with its graph."""
+        if self.native and not native.more_active_than(rates, EVENT_DRIVEN_BELOW):
+            return _EventDrivenProduct.apply(weight, rates, self.map, self.event_driven(0.0))
+        return self.map(rates, weight)
+
     def event_driven(self, rate: float) -> Optional[EventMap]:
         """The map for the C kernels where they are the faster way at this rate of spiking inputs, else None."""
         if not self.native or rate >= EVENT_DRIVEN_BELOW:
@@ -49,6 +55,21 @@ class Synapses:
         if self._events is None:
             self._events = event_map(self.map, self.weight, self.bias, self.input_shape)
         return self._events
+
+
+class _EventDrivenProduct(torch.autograd.Function):
+    """W x + b by the C kernels, with the gradient in W alone; x has none."""
+
+    @staticmethod
+    def forward(ctx, weight, x, map, events):
+        ctx.save_for_backward(weight, x)
+        ctx.map = map
+        return native.product(events, kernel_layout(x))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, x = ctx.saved_tensors
+        return ctx.map.weight_gradient(gradient, x, weight), None, None, None
 
 
 class SpikingLayer:
@@ -124,7 +145,7 @@ class EventInput:
 
     def at(self, t: int) -> Tensor:
         events = self.synapses.event_driven(self.rate) if self.synapses.native else None
-        current = self.synapses(self.x[t]) if events is None else native.apply(events, kernel_layout(self.x[t]))
+        current = self.synapses(self.x[t]) if events is None else native.product(events, kernel_layout(self.x[t]))
         current = kernel_layout(current.to(self.x.dtype))
         return current if self.mask is None else current.mul_(self.mask)
 

@@ -56,7 +56,7 @@ def test_adjoint(kind):
     weight = feedback.normalised_weight().detach()
     s, v = torch.randn(2, *last, dtype=torch.float64), torch.randn(2, *first, dtype=torch.float64)
     assert feedback.map.output_shape(last, weight) == first
-    assert (feedback(s, weight) * v).sum().item() == pytest.approx((s * feedback.map.adjoint(v, weight, last)).sum().item(), rel=1e-10)
+    assert (feedback.map(s, weight) * v).sum().item() == pytest.approx((s * feedback.map.adjoint(v, weight, last)).sum().item(), rel=1e-10)
 
 
 def test_initial_filters_have_unit_norm_per_output_channel():
@@ -84,7 +84,7 @@ def test_a_bias_in_the_feedback_is_refused():
 def dense_operator(feedback, weight, shape):
     """The matrix of the map s ↦ B s on inputs of this shape."""
     units = torch.eye(torch.Size(shape).numel(), dtype=weight.dtype).view(-1, *shape)
-    return feedback(units, weight).flatten(1).t()
+    return feedback.map(units, weight).flatten(1).t()
 
 
 @pytest.mark.parametrize("kind", FEEDBACKS)

@@ -67,7 +67,7 @@ def test_distance_from_equilibrium(kind):
         network(x)
         with torch.no_grad():
             weight, current = network.feedback.normalised_weight(), network.input(x, None)
-            rate = network._simulate(x, x, current, weight, network._draw_masks(x), None)
+            rate = network._simulate(*network._loop(x, x, current, weight, network._draw_masks(x)))
             mapped = network.equilibrium_map(rate, current, weight)
             expected = (mapped - rate).norm() / max(mapped.norm(), rate.norm())
         assert network.residual.item() == pytest.approx(expected.item(), rel=1e-6)

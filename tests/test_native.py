@@ -8,13 +8,14 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from modules import native
-from modules.connection import dropout_mask
+from modules.connection import dropout_mask, random_draws
 from modules.event_driven import event_map, kernel_layout
+from modules.feedback import Feedback
 from modules.implicit import BackwardSolver
 from modules.jacobian import Link, TransposedJacobian
 from modules.linear_map import LinearMap
 from modules.neuron import equilibrium_rate, make_neuron
-from modules.simulation import SpikingLayer
+from modules.simulation import SpikingLayer, Synapses
 from tests import naive
 from tests.networks import KINDS, explicit_masks, small_network
 
@@ -61,18 +62,33 @@ def linear_maps(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(linear_maps(), st.integers(1, 19), st.floats(0, 1), st.integers(1, 2))
-def test_event_driven_map_equals_the_dense_one(module_and_shape, batch, rate, threads):
+@given(linear_maps(), st.integers(1, 19), st.floats(0, 1), st.integers(1, 2), st.booleans())
+def test_event_driven_map_equals_the_dense_one(module_and_shape, batch, rate, threads, spiking):
     torch.set_num_threads(threads)
     module, shape = module_and_shape
     map = LinearMap.of(module)
-    spikes = (torch.rand(batch, *shape) < rate).float()
+    x = (torch.rand(batch, *shape) < rate).float()
+    x = x if spiking else x * torch.randn(batch, *shape)
     with torch.no_grad():
-        expected = module.double()(spikes.double())
+        expected = module.double()(x.double())
         module.float()
         assert map.output_shape(shape, module.weight) == expected.shape[1:]
-        ours = native.apply(event_map(map, module.weight, module.bias, shape), kernel_layout(spikes))
+        ours = native.product(event_map(map, module.weight, module.bias, shape), kernel_layout(x))
     torch.testing.assert_close(ours.double(), expected, atol=3e-5, rtol=3e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(linear_maps(), st.integers(1, 5), st.sampled_from([0.2, 0.9]))
+def test_product_of_rates_and_its_gradient_equal_the_dense_ones(module_and_shape, batch, share):
+    module, shape = module_and_shape
+    rates = torch.rand(batch, *shape) * (torch.rand(batch, *shape) < share)
+    fast, plain = (module.weight.detach().clone().requires_grad_() for _ in range(2))
+    products = Synapses(LinearMap.of(module), fast.detach(), None, shape).of_rates(rates, fast), LinearMap.of(module)(rates, plain)
+    torch.testing.assert_close(*products, atol=3e-5, rtol=3e-5)
+    probe = torch.randn_like(products[1])
+    for product in products:
+        (product * probe).sum().backward()
+    torch.testing.assert_close(fast.grad, plain.grad, atol=3e-4, rtol=3e-4)
 
 
 def test_outputs_that_see_no_input_have_the_bias_alone():
@@ -80,7 +96,7 @@ def test_outputs_that_see_no_input_have_the_bias_alone():
         spikes = kernel_layout(torch.ones(2, 3, 4, 4))
         with torch.no_grad():
             maps = event_map(LinearMap.of(module), module.weight, module.bias, (3, 4, 4))
-            torch.testing.assert_close(native.apply(maps, spikes), module(spikes))
+            torch.testing.assert_close(native.product(maps, spikes), module(spikes))
 
 
 def plain_and_fast(network, x, monkeypatch):
@@ -150,6 +166,31 @@ def test_dropout_masks_equal_pytorchs(shape, monkeypatch):
     monkeypatch.setattr(native, "serves", lambda tensor: False)
     torch.manual_seed(1)
     assert torch.equal(fast, dropout_mask(shape, 0.2, torch.empty(0)))
+
+
+def test_random_draws_are_those_of_splitmix64():
+    """The first words of SplitMix64 from 1234567, as its reference implementation gives them."""
+    words = 6457827717110365317, 3203168211198807973, 9817491932198370423
+    draws = [word >> shift & 0xFFFF for word in words for shift in (0, 16, 32, 48)]
+    assert [draw & 0xFFFF for draw in random_draws(1234567, 11, torch.device("cpu")).tolist()] == draws[:11]
+
+
+@pytest.mark.parametrize("rows,columns", [(1, 1), (5, 7), (33, 200), (400, 400), (64, 1600)])
+@pytest.mark.parametrize("g", [0.7, 1.5])
+def test_spectral_normalisation_equals_pytorchs_in_float64(rows, columns, g):
+    weights, values = [], []
+    w, u, probe = torch.randn(rows, columns), torch.nn.functional.normalize(torch.randn(rows), dim=0), torch.randn(rows, columns)
+    for dtype in (torch.float32, torch.float64):
+        feedback = Feedback(nn.Linear(columns, rows, bias=False)).to(dtype)
+        with torch.no_grad():
+            feedback.w.copy_(w), feedback.u.copy_(u), feedback.g.fill_(g)
+        weight = feedback.normalised_weight()
+        (weight * probe.to(dtype)).sum().backward()
+        weights.append(weight)
+        values.append([weight, feedback.u, feedback.v, feedback.w.grad, feedback.g.grad])
+    assert native.serves(weights[0]) and not native.serves(weights[1])
+    for fast, exact in zip(*values):
+        torch.testing.assert_close(fast.double(), exact, atol=2e-6 * max(1, exact.abs().max().item()), rtol=2e-5)
 
 
 def test_saturation_equals_pytorch(monkeypatch):

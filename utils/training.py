@@ -1,5 +1,6 @@
 """One epoch of training and one pass of evaluation, as plain functions."""
 
+import functools
 import gc
 import math
 from argparse import Namespace
@@ -67,6 +68,7 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
     # A neuron whose potential is not a number never spikes, so the loss can look healthy; the batch norms' statistics and the
     # feedback's singular vectors, which every pass renews, show it, and their sum is finite only if they are.
     statistics = [buffer.view(-1) for buffer in network.buffers() if buffer.is_floating_point()]
+    parameters = list(network.parameters())
     with _bar("training", len(batches)) as bar:
         for x, labels in remaining:
             iteration = state.iteration
@@ -77,7 +79,8 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
             logits = (model or network)(x)
             loss = F.cross_entropy(logits, labels)
             reading = Reading(total(loss.detach() + torch.cat(statistics).sum()))
-            optimizer.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None
             # The processes' gradients are averaged, and each sample of the batch counts the same.
             weight = process_count() * len(labels) / batches.whole(iteration)
             (loss if weight == 1 else loss * weight).backward()
@@ -121,11 +124,11 @@ def evaluate(network: nn.Module, batches: Batches, observe: Optional[Observer] =
     return EpochState(metrics=metrics).of_all_processes().metrics.averages()
 
 
+@functools.lru_cache(maxsize=None)
 def _spare_the_garbage_collector() -> None:
     """Once: what lives since the imports stays, and looking through it again and again takes several percent of a small network's step."""
-    if gc.get_freeze_count() == 0:
-        gc.collect()
-        gc.freeze()
+    gc.collect()
+    gc.freeze()
 
 
 class _bar(Bar):
