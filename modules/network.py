@@ -73,8 +73,9 @@ class FeedbackSNN(nn.Module):
         if self.surrogate and torch.is_grad_enabled():
             rate = self._unroll(x, mean_input, current, weight, masks, observe)
         else:
-            loop, source = self._loop(x, mean_input, current.detach(), weight.detach(), masks)
-            rate = self._simulate(loop, source, observe)
+            with torch.no_grad():
+                loop, source = self._loop(x, mean_input, current.detach(), weight.detach(), masks)
+                rate = self._simulate(loop, source, observe)
             if torch.is_grad_enabled():
                 rate = self._with_gradient(rate, current, weight, masks, loop.feedback)
         return self.readout(rate.flatten(1)).to(rate.dtype)
@@ -130,7 +131,6 @@ class FeedbackSNN(nn.Module):
             links.append(link._replace(gain=masked(slope, mask)))
         return TransposedJacobian(links)
 
-    @torch.no_grad()
     def _simulate(self, loop: Loop, source: "StaticInput | EventInput", observe: Optional[Observer] = None) -> Tensor:
         """Firing rate of the last layer after T steps; `observe(t, spikes)` sees every layer's spikes at every step."""
         if loop.feedback.weight.is_cuda and observe is None:

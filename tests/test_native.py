@@ -14,6 +14,7 @@ from modules.feedback import Feedback
 from modules.implicit import BackwardSolver
 from modules.jacobian import Link, TransposedJacobian
 from modules.linear_map import LinearMap
+from modules.network import FeedbackSNN
 from modules.neuron import equilibrium_rate, make_neuron
 from modules.simulation import SpikingLayer, Synapses
 from tests import naive
@@ -157,6 +158,16 @@ def test_chunks_and_whole_simulations_do_not_change_the_result(kind, training, e
         monkeypatch.setattr("modules.simulation.LEAST_CHUNK", 7)
         monkeypatch.setattr("modules.simulation.CHUNK_BYTES", 1)
         torch.testing.assert_close(network(x), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_serve_in_training_too(kind, monkeypatch):
+    network, x = small_network(kind)
+    network, loops, simulate = network.float().train(), [], FeedbackSNN._simulate
+    monkeypatch.setattr(network, "_simulate", lambda loop, *rest: (loops.append(loop), simulate(network, loop, *rest))[1])
+    network(x.float()).sum().backward()
+    (loop,) = loops
+    assert loop.feedback.native and all(synapses.native for synapses in loop.hidden)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (300, 400)])
