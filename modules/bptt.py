@@ -9,7 +9,7 @@ from typing import Callable, Dict, Optional
 import torch
 from torch import Tensor
 
-from modules.connection import masked
+from modules.dropout import masked
 from modules.neuron import Fire, rate_normaliser, reached, resting_state
 from modules.simulation import EventInput, Loop, Observer, StaticInput, Synapses
 

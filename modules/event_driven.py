@@ -62,6 +62,24 @@ def kernel_layout(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
 
 
+def product(events: EventMap, x: Tensor, map: LinearMap, weight: Tensor) -> Tensor:
+    """W x + b by the kernels, differentiable in `weight`, the W of `map` from which `events` was packed; x has no gradient."""
+    return _Product.apply(weight, x, map, events)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, x, map, events):
+        ctx.save_for_backward(weight, x)
+        ctx.map = map
+        return native.product(events, kernel_layout(x))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, x = ctx.saved_tensors
+        return ctx.map.weight_gradient(gradient, x, weight), None, None, None
+
+
 def _rows(map: LinearMap, weight: Tensor) -> Tensor:
     """The weight as (kernel positions · input channels, output channels), in the order that makes every segment contiguous."""
     if map.kind == "dense":

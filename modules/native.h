@@ -18,6 +18,28 @@
 #define LANES 8
 #endif
 
+/* Floats at any address, which GCC and Clang map onto the processor's own vectors. */
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* Sum of a[i] * b[i]: float32 sums over a stretch, float64 over stretches. */
+static inline double dot(const float *a, const float *b, ptrdiff_t n)
+{
+    double total = 0;
+    ptrdiff_t i = 0;
+    while (i + LANES <= n) {
+        vector sum = {0};
+        for (ptrdiff_t end = i + 512 < n ? i + 512 : n; i + LANES <= end; i += LANES)
+            sum += *(const vector *)(a + i) * *(const vector *)(b + i);
+        for (int lane = 0; lane < LANES; lane++)
+            total += sum[lane];
+    }
+    for (; i < n; i++)
+        total += a[i] * b[i];
+    return total;
+}
+
+#define PARALLEL_FROM 32768 /* numbers, below which threads cost more than they save */
+
 struct map {
     ptrdiff_t in_positions, in_channels, out_positions, out_channels, rows; /* rows: in one panel */
     const int *segments; /* (out_positions + 1): where each output position's segments start */

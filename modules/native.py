@@ -141,7 +141,7 @@ def pack_rows(matrix: Tensor) -> Tensor:
 
 
 def keep_mask(seed: int, count: int, least: int, scale: float) -> Tensor:
-    """A float32 mask (count,): `scale` where a draw of `modules.connection.random_draws` is at least `least`, else 0."""
+    """A float32 mask (count,): `scale` where a draw of `modules.dropout.random_draws` is at least `least`, else 0."""
     mask = torch.empty(count)
     library().keep_mask(seed, mask.data_ptr(), count, least, scale)
     return mask
@@ -149,8 +149,7 @@ def keep_mask(seed: int, count: int, least: int, scale: float) -> Tensor:
 
 def saturate(drive: Tensor, threshold: float) -> Tuple[Tensor, Tensor]:
     """`modules.neuron.equilibrium_rate`'s value and slope, in one pass."""
-    if not (drive.is_contiguous() or drive.is_contiguous(memory_format=torch.channels_last)):
-        drive = drive.contiguous()
+    drive = _dense(drive)
     rate, slope = torch.empty_like(drive), torch.empty_like(drive)
     library().saturate(drive.data_ptr(), rate.data_ptr(), slope.data_ptr(), drive.numel(), threshold)
     return rate, slope
@@ -165,7 +164,7 @@ def power_iteration(matrix: Tensor, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
 
 def normalised_backward(gradient: Tensor, w: Tensor, u: Tensor, v: Tensor, scale: float, sigma: float) -> Tuple[Tensor, Tensor]:
     """∂L/∂w and ∂L/∂gain from ∂L/∂(scale · w), scale = gain / σ(w) with u and v held constant; w and the gradient are contiguous."""
-    gradient_w, along, sums = torch.empty_like(w), w.new_empty(()), torch.empty_like(u)
+    gradient_w, along, sums = torch.empty_like(w), w.new_empty(()), torch.empty_like(u, dtype=torch.float64)
     library().normalised_backward(*map(_pointer, (gradient, w, u, v)), scale, sigma, *map(_pointer, (sums, along, gradient_w)),
                                   len(u), len(v))
     return gradient_w, along
@@ -186,7 +185,7 @@ def simulate_layer(feedback: "EventMap", current: Tensor, mask: Optional[Tensor]
 
 def more_active_than(values: Tensor, fraction: float) -> bool:
     """Whether more than this fraction of `values` is not zero."""
-    return bool(library().more_active_than(values.contiguous().data_ptr(), values.numel(), fraction * values.numel()))
+    return bool(library().more_active_than(_dense(values).data_ptr(), values.numel(), fraction * values.numel()))
 
 
 def solve_layer(adjoint: "EventMap", gain: Tensor, gradient: Tensor, tol: float, max_iterations: int,
@@ -203,6 +202,11 @@ def solve_layer(adjoint: "EventMap", gain: Tensor, gradient: Tensor, tol: float,
     _check(library().solve_layer(adjoint.geometry.pointer, *pointers, len(gradient), tol * norm / len(gradient) ** 0.5, max_iterations,
                                  regularisation, ctypes.byref(squares), ctypes.byref(products)))
     return v, squares.value ** 0.5 / norm, products.value / len(gradient)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor without gaps in memory, in any order of dimensions that it may have, for what works number by number."""
+    return tensor if tensor.is_contiguous(memory_format=torch.channels_last) else tensor.contiguous()
 
 
 def _pointer(tensor: Optional[Tensor]) -> Optional[int]:

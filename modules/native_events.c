@@ -10,9 +10,6 @@
 #define VECTORS (PANEL / LANES)
 #define GROUP 8 /* samples that a thread takes through a panel together, so that its rows stay in the cache */
 
-/* Floats at any address, which GCC and Clang map onto the processor's own vectors. */
-typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
 void *thread_scratch(size_t bytes)
 {
     static _Thread_local char *memory;
@@ -180,21 +177,22 @@ void add_rows(const struct map *map, const float *packed, const float *bias, con
     }
 }
 
-/* Bytes of scratch for a group's lists and products, and their places in it. */
+/* Bytes of scratch for a group's lists, factors and products, and their places in it. */
 static size_t group_bytes(const struct map *map)
 {
     size_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels;
-    return GROUP * (sizeof(int) * (inputs + 1 + map->in_positions + 1) + sizeof(float) * outputs);
+    return GROUP * (sizeof(int) * (map->in_positions + 1 + inputs + 1) + sizeof(float) * (inputs + outputs));
 }
 
 static void place_group(const struct map *map, char *scratch, struct active *active, float **products)
 {
     size_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels;
     for (int s = 0; s < GROUP; s++) {
-        active[s] = (struct active){(int *)scratch, (int *)scratch + map->in_positions + 1, NULL};
-        scratch += sizeof(int) * (map->in_positions + 1 + inputs + 1);
-        products[s] = (float *)scratch;
-        scratch += sizeof(float) * outputs;
+        int *start = (int *)scratch, *units = start + map->in_positions + 1;
+        float *factors = (float *)(units + inputs + 1);
+        active[s] = (struct active){start, units, factors};
+        products[s] = factors + inputs;
+        scratch = (char *)(products[s] + outputs);
     }
 }
 
@@ -217,8 +215,10 @@ ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bi
             continue;
         }
         place_group(map, (char *)scratch, active, products);
-        for (int s = 0; s < count; s++)
+        for (int s = 0; s < count; s++) {
             list_active(source + (first + s) * inputs, map->in_positions, map->in_channels, active + s);
+            active[s].factors = NULL;
+        }
         add_rows(map, packed, bias, active, products, count);
         for (int s = 0; s < count; s++) {
             ptrdiff_t at = (first + s) * outputs;
@@ -240,20 +240,17 @@ int product(const struct map *map, const float *packed, const float *bias, const
     for (ptrdiff_t first = 0; first < batch; first += group) {
         int count = batch - first < group ? batch - first : group;
         struct active active[GROUP];
-        size_t each = sizeof(int) * (map->in_positions + 1 + inputs + 1) + sizeof(float) * inputs;
-        float *products[GROUP];
-        char *scratch = thread_scratch(count * each);
+        float *products[GROUP], *scratch = thread_scratch(group_bytes(map));
         if (!scratch) {
             failed = 1;
             continue;
         }
-        for (int s = 0; s < count; s++, scratch += each) {
-            int *start = (int *)scratch, *units = start + map->in_positions + 1;
+        place_group(map, (char *)scratch, active, products);
+        for (int s = 0; s < count; s++) {
             const float *values = source + (first + s) * inputs;
-            active[s] = (struct active){start, units, (float *)(units + inputs + 1)};
             list_active(values, map->in_positions, map->in_channels, active + s);
-            for (int k = 0; k < start[map->in_positions]; k++)
-                active[s].factors[k] = values[units[k]];
+            for (int k = 0; k < active[s].start[map->in_positions]; k++)
+                active[s].factors[k] = values[active[s].units[k]];
             products[s] = out + (first + s) * outputs;
         }
         add_rows(map, packed, bias, active, products, count);

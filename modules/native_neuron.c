@@ -5,7 +5,6 @@
 
 #include <stdint.h>
 
-#define PARALLEL_FROM 32768
 #define STRETCH 8192 /* neurons that a thread takes at a time */
 #define DRAWS 1024 /* random numbers in the first-level cache */
 

@@ -12,8 +12,6 @@
 #define MOST_TOGETHER 16
 #define TOGETHER_BELOW 4096 /* units: a larger layer's samples are taken one by one, as their histories would fill the cache */
 
-typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
 /* One sample's solve: the iterate x of its `count` active units, their gain and g, and x's history; the best v of all units so far. */
 struct solve {
     double gram[MEMORY][MEMORY], best;
@@ -22,22 +20,6 @@ struct solve {
     struct active active;
     int count, slot, used, done;
 };
-
-static double dot(const float *a, const float *b, ptrdiff_t n)
-{
-    double total = 0;
-    ptrdiff_t i = 0;
-    while (i + LANES <= n) { /* float32 sums over a stretch, float64 over stretches */
-        vector sum = {0};
-        for (ptrdiff_t end = i + 512 < n ? i + 512 : n; i + LANES <= end; i += LANES)
-            sum += *(const vector *)(a + i) * *(const vector *)(b + i);
-        for (int lane = 0; lane < LANES; lane++)
-            total += sum[lane];
-    }
-    for (; i < n; i++)
-        total += a[i] * b[i];
-    return total;
-}
 
 /* Anderson's weights: they minimise |sum w_i r_i| subject to sum w_i = 1, from the residuals' Gram matrix, which is scaled to unit
  * diagonal and regularised as in modules/solvers.py. */

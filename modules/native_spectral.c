@@ -4,31 +4,15 @@
 #include "native.h"
 
 #include <math.h>
+#include <string.h>
 
 #define COLUMNS 64 /* that a thread takes at a time */
-#define PARALLEL_FROM 32768
-
-static float dot(const float *restrict a, const float *restrict b, ptrdiff_t n)
-{
-    float lanes[COLUMNS] = {0}, sum = 0;
-    ptrdiff_t i = 0;
-    for (; i + COLUMNS <= n; i += COLUMNS)
-        for (int lane = 0; lane < COLUMNS; lane++)
-            lanes[lane] += a[i + lane] * b[i + lane];
-    for (; i < n; i++)
-        sum += a[i] * b[i];
-    for (int lane = 0; lane < COLUMNS; lane++)
-        sum += lanes[lane];
-    return sum;
-}
 
 /* x / |x| in place; returns |x|, or the smallest normal number for a zero vector. */
 static float normalise(float *x, ptrdiff_t n)
 {
-    double squares = 0;
-    for (ptrdiff_t i = 0; i < n; i++)
-        squares += (double)x[i] * x[i];
-    float size = fmaxf((float)sqrt(squares), 0x1p-126f);
+    float size = sqrt(dot(x, x, n));
+    size = size < 0x1p-126f ? 0x1p-126f : size; /* what is not a number stays so */
     for (ptrdiff_t i = 0; i < n; i++)
         x[i] /= size;
     return size;
@@ -42,16 +26,10 @@ void power_iteration(const float *restrict w, const float *restrict u, float *re
     for (ptrdiff_t first = 0; first < columns; first += COLUMNS) {
         ptrdiff_t width = columns - first < COLUMNS ? columns - first : COLUMNS;
         float sum[COLUMNS] = {0};
-        if (width == COLUMNS)
-            for (ptrdiff_t i = 0; i < rows; i++)
-                for (int j = 0; j < COLUMNS; j++)
-                    sum[j] += u[i] * w[i * columns + first + j];
-        else
-            for (ptrdiff_t i = 0; i < rows; i++)
-                for (int j = 0; j < width; j++)
-                    sum[j] += u[i] * w[i * columns + first + j];
-        for (int j = 0; j < width; j++)
-            v[first + j] = sum[j];
+        for (ptrdiff_t i = 0; i < rows; i++)
+            for (ptrdiff_t j = 0; j < width; j++)
+                sum[j] += u[i] * w[i * columns + first + j];
+        memcpy(v + first, sum, width * sizeof *v);
     }
     normalise(v, columns);
 #pragma omp parallel for if (rows * columns >= PARALLEL_FROM)
@@ -63,7 +41,7 @@ void power_iteration(const float *restrict w, const float *restrict u, float *re
 /* For the gradient of scale w, where scale = gain / sigma(w) with u and v held constant: along = <gradient, w> / sigma, and
  * gradient_w = scale (gradient - along u v^T). `sums` (rows) is scratch. */
 void normalised_backward(const float *restrict gradient, const float *restrict w, const float *restrict u, const float *restrict v,
-                         float scale, float sigma, float *restrict sums, float *restrict along, float *restrict gradient_w,
+                         float scale, float sigma, double *restrict sums, float *restrict along, float *restrict gradient_w,
                          ptrdiff_t rows, ptrdiff_t columns)
 {
     double sum = 0;

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from modules.bptt import unroll
-from modules.connection import Connection, dropout_mask, masked
+from modules.connection import Connection
+from modules.dropout import dropout_mask, masked
 from modules.feedback import Feedback
 from modules.graphed import GraphedSimulations
 from modules.implicit import BackwardSolver, attach_gradient

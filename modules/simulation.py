@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modules import native, triton_neuron
-from modules.event_driven import EventMap, event_map, kernel_layout
+from modules.event_driven import EventMap, event_map, kernel_layout, product
 from modules.linear_map import LinearMap
 from modules.neuron import Neuron, NeuronState, rate_normaliser, reached, resting_state
 
@@ -45,7 +45,7 @@ class Synapses:
     def of_rates(self, rates: Tensor, weight: Tensor) -> Tensor:
         """W a for constant rates a (batch, *input_shape); `weight` is that of the map, with its graph."""
         if self.native and not native.more_active_than(rates, EVENT_DRIVEN_BELOW):
-            return _EventDrivenProduct.apply(weight, rates, self.map, self.event_driven(0.0))
+            return product(self.event_driven(0.0), rates, self.map, weight)
         return self.map(rates, weight)
 
     def event_driven(self, rate: float) -> Optional[EventMap]:
@@ -55,21 +55,6 @@ class Synapses:
         if self._events is None:
             self._events = event_map(self.map, self.weight, self.bias, self.input_shape)
         return self._events
-
-
-class _EventDrivenProduct(torch.autograd.Function):
-    """W x + b by the C kernels, with the gradient in W alone; x has none."""
-
-    @staticmethod
-    def forward(ctx, weight, x, map, events):
-        ctx.save_for_backward(weight, x)
-        ctx.map = map
-        return native.product(events, kernel_layout(x))
-
-    @staticmethod
-    def backward(ctx, gradient):
-        weight, x = ctx.saved_tensors
-        return ctx.map.weight_gradient(gradient, x, weight), None, None, None
 
 
 class SpikingLayer:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from modules.connection import Connection, dropout_mask
+from modules.connection import Connection
+from modules.dropout import dropout_mask
 from modules.feedback import Feedback
 from modules.neuron import make_neuron
 from modules.zoo import f64c5_mnist

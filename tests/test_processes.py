@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import fmnist_mlp
 import utils.processes
-from modules.connection import dropout_mask
+from modules.dropout import dropout_mask
 from modules.implicit import BackwardSolver
 from modules.neuron import make_neuron
 from modules.synchronised_norm import synchronise_batch_norms

@@ -6,7 +6,7 @@ last of all, behind the frozen copies.
 """
 
 import re
-from typing import Dict, List, Optional
+from typing import Dict, Optional
 
 from torch import Tensor
 

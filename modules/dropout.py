@@ -1,0 +1,39 @@
+"""Variational dropout: masks that hold for all time steps of a pass (method section 4)."""
+
+import math
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from modules import native
+
+
+def dropout_mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
+    """One variational mask, Bernoulli(1−p)/(1−p) for each output unit, to be used at every time step of a pass.
+
+    p is rounded to a multiple of 2⁻¹⁶, with which the mask's mean is exactly 1. The mask follows from one number of PyTorch's CPU
+    generator, and is the same on every device.
+    """
+    drop, count = round(p * 65536), math.prod(shape)
+    seed, scale = torch.empty((), dtype=torch.int64).random_(-2**63, None).item(), 65536 / (65536 - drop)
+    if native.serves(like):
+        return native.keep_mask(seed, count, drop - 32768, scale).view(shape)
+    return random_draws(seed, count, like.device).to(like.dtype).ge_(drop - 32768).mul_(scale).view(shape)
+
+
+def random_draws(seed: int, count: int, device: torch.device) -> Tensor:
+    """Uniform int16 numbers (count,), four from each 64-bit word of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    # int64 products wrap as unsigned ones do; a shift fills with the sign, which has to be masked away.
+    words = torch.arange(1, -(-count // 4) + 1, device=device).mul_(_signed(0x9E3779B97F4A7C15)).add_(seed)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        words.bitwise_xor_((words >> shift) & (2 ** (64 - shift) - 1)).mul_(_signed(factor))
+    return words.view(torch.int16)[:count]
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+def masked(output: Tensor, mask: Optional[Tensor]) -> Tensor:
+    return output if mask is None else output * mask
