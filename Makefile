@@ -38,8 +38,17 @@ checkpoints: .venv/ready  ## train a small F400 and F64C5 to try evaluation, rat
 run-full: fashion-mnist  ## the paper's recipe: F400 on Fashion-MNIST, 100 epochs
 	@$(PY) fmnist_mlp.py -c checkpoints/fmnist_f400 --firing-rate
 
-test: fashion-mnist  ## run all tests
+test: fashion-mnist .venv/triton  ## run all tests
 	@$(PY) -m pytest -q tests
+
+# PyTorch's CUDA builds bring Triton. Beside a CPU build it lies apart, for the test of its kernel in its interpreter alone, as every
+# program that finds it loads it.
+.venv/triton: .venv/ready
+	@mkdir -p $@
+	@$(PY) -c 'import triton' 2>/dev/null || [ "$$(uname -sm)" != "Linux x86_64" ] \
+	  || $(PY) -m pip install -q --disable-pip-version-check --no-deps --target $@ triton \
+	  || echo "Triton could not be installed; the test of its kernel is left out."
+	@touch $@
 
 test-faults: .venv/ready  ## kill, interrupt and damage runs, fill their disk, and see that nothing is lost (a quarter of an hour)
 	@$(PY) -m tests.faults
