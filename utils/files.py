@@ -14,30 +14,35 @@ def written_aside(path: Path, previous: Optional[Path] = None) -> Iterator[Binar
 
     The old one is kept as `previous`, if that is named. Where writing fails, all stays as it was.
     """
-    aside = path.with_name(path.name + ".part")
+    aside, kept = path.with_name(path.name + ".part"), None
     try:
         with aside.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if previous and path.exists():
-            _keep(path, previous)
+        # The old file gets its second name last: until the new one is in its place, `previous` is another file, and damage to one of
+        # them leaves the other.
+        kept = _second_name(path, previous) if previous and path.exists() else None
         os.replace(aside, path)
+        if kept:
+            os.replace(kept, previous)
         _flush_folder(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+        if kept:
+            kept.unlink(missing_ok=True)
 
 
-def _keep(path: Path, previous: Path) -> None:
-    """Give the file the name `previous` too, so that there is no moment without one under its own name."""
+def _second_name(path: Path, previous: Path) -> Optional[Path]:
+    """Another name of the file, which is to become `previous`; None where there are no hard links and it has become that already."""
     aside = previous.with_name(previous.name + ".part")
     aside.unlink(missing_ok=True)
     try:
         os.link(path, aside)
-    except OSError:  # A file system without hard links.
+    except OSError:
         os.replace(path, previous)
-    else:
-        os.replace(aside, previous)
+        return None
+    return aside
 
 
 def _flush_folder(folder: Path) -> None:
