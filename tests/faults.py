@@ -178,7 +178,10 @@ def damage_and_go_on(experiment: Experiment, folder: Path, seed: int) -> str:
     time.sleep(chance.uniform(0, 0.5 * experiment.seconds))
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=PATIENCE)
-    latest, before = folder / LATEST, load_checkpoint(folder / PREVIOUS)
+    latest = folder / LATEST
+    # An epoch ends with the best network, which is then newer than the previous checkpoint.
+    others = {path: load_checkpoint(path) for path in (folder / PREVIOUS, folder / BEST) if path.exists()}
+    next_best = max(others, key=lambda path: (others[path].epoch, others[path].iteration))
     whole = bytearray(latest.read_bytes())
     place = chance.randrange(len(whole) // 4, len(whole) * 3 // 4)
     if seed % 2:
@@ -187,8 +190,8 @@ def damage_and_go_on(experiment: Experiment, folder: Path, seed: int) -> str:
         whole[place] ^= 1 << chance.randrange(8)
         latest.write_bytes(whole)
     status, out, err = experiment.run(folder, "--resume", "auto")
-    assert f"{latest} is damaged" in out and f"Going on from {folder / PREVIOUS}" in out, out
-    experiment.starts_where_it_stopped(folder, status, out, err, expected=(before.epoch, before.iteration))
+    assert f"{latest} is damaged" in out and f"Going on from {next_best}" in out, out
+    experiment.starts_where_it_stopped(folder, status, out, err, expected=(others[next_best].epoch, others[next_best].iteration))
     assert_same(experiment.whole, folder)
     return ("cut short" if seed % 2 else "one bit flipped") + f" at byte {place:,d}"
 

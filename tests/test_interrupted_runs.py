@@ -74,7 +74,7 @@ def test_the_script_itself_stops_cleanly(data, tmp_path):
     assert process.returncode == 143 and err.count("\n") == 2 and "Stopped by SIGTERM" in err
 
 
-@pytest.mark.parametrize("module,name", [(files, "_keep"), (os, "replace"), (files, "_flush_folder"), (run_files, "write_contents")])
+@pytest.mark.parametrize("module,name", [(files, "_second_name"), (os, "replace"), (files, "_flush_folder"), (run_files, "write_contents")])
 def test_killed_while_files_are_written(module, name, train, tmp_path, monkeypatch):
     """Whichever step of the writing a run is killed before, and whichever time it comes to it."""
     whole = tmp_path / "whole"
