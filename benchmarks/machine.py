@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 
-def matmul_rate(sizes=(512, 1024, 2048), repeats: int = 9, device: str = "cpu") -> float:
-    """Best median rate of float32 matrix products over some sizes, in multiply-adds per second, on PyTorch's threads."""
+def matmul_rate(sizes=(512, 1024, 2048), repeats: int = 9, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Best median rate of matrix products over some sizes, in multiply-adds per second, on PyTorch's threads or the GPU."""
     if device == "cuda":
         sizes = (4096, 8192)
     rates = []
     for n in sizes:
-        a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         times = [_seconds(lambda: a @ b, device) for _ in range(3 + repeats)][3:]
         rates.append(n ** 3 / statistics.median(times))
     return max(rates)

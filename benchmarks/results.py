@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Sequence
 from benchmarks.machine import describe_machine
 
 FOLDER = Path(__file__).parent / "results"
-HEADER = (f"{'':44s} {'project s':>10s} {'yardstick s':>11s} {'floor s':>9s} {'speed-up':>8s} {'over floor':>10s} "
+HEADER = (f"{'':52s} {'project s':>10s} {'yardstick s':>11s} {'floor s':>9s} {'speed-up':>8s} {'over floor':>10s} "
           f"{'project MB':>10s} {'yardst. MB':>10s} {'rate':>7s}")
 
 
@@ -29,7 +29,7 @@ def make_row(name: str, project_s: Sequence[float], yardstick_s: Sequence[float]
 
 
 def describe_row(row: Dict[str, Any]) -> str:
-    return (f"{row['name']:44s} {row['project_s']:10.4f} {row['yardstick_s']:11.4f} {row['floor_s']:9.4f} {row['speedup']:8.1f} "
+    return (f"{row['name']:52s} {row['project_s']:10.4f} {row['yardstick_s']:11.4f} {row['floor_s']:9.4f} {row['speedup']:8.1f} "
             f"{row['over_floor']:10.2f} {row['project_peak_mb']:10.0f} {row['yardstick_peak_mb']:10.0f} {row['firing_rate']:7.4f}")
 
 

@@ -1,17 +1,19 @@
 """Times training steps and evaluations of F400, F64C5 and AlexNet-F, the project against the yardstick and the machine's limit.
 
-    python -m benchmarks.steps [--device cpu|cuda] [--turns 3] [--path ./data] [--only F64C5] [--trained F64C5=checkpoints/mnist/checkpoint.pth.tar]
+    python -m benchmarks.steps [--device cpu|cuda] [--precision fp32 tf32 bf16] [--turns 3] [--path ./data] [--only F64C5]
+                               [--trained F64C5=checkpoints/mnist/checkpoint.pth.tar]
 
 Project and yardstick take turns on the same batch of real images with the same weights: those of a checkpoint (--trained), or, after
 a short training here, weights on the way there; firing rates and the solves' products, and so the times, are those of that network. The floor is the time that the project's multiply-adds, done densely,
-take at the rate of the device's own float32 matrix products, measured in every turn.
+take at the rate of the device's own matrix products, measured in every turn. On a GPU each precision has its rows; the yardstick of bf16 rows
+has PyTorch's own default there, tf32 convolutions.
 """
 
 import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +21,14 @@ import torch.nn.functional as F
 from benchmarks import multiply_adds
 from benchmarks.machine import describe_machine, matmul_rate
 from benchmarks.results import HEADER, describe_row, make_row, save_rows
-from benchmarks.worker import Worker
+from benchmarks.worker import OnGpu, Worker
 from benchmarks.yardstick import copy_weights, yardstick_alexnet_f, yardstick_f400, yardstick_f64c5
 from modules.neuron import make_neuron
 from modules.zoo import alexnet_f, f64c5_mnist, f400
 from utils.checkpoint import load_checkpoint
 from utils.data.batches import Batches
 from utils.data.datasets import load_cifar, load_fashion_mnist, load_mnist
+from utils.device import set_precision
 from utils.instruments.firing_rate import FiringRates
 
 
@@ -34,10 +37,12 @@ class Case(NamedTuple):
     training: bool
     batch: int
     time_steps: int
+    precision: Optional[str] = None  # on a GPU
 
     @property
     def name(self) -> str:
-        return f"{self.network}, {'training step' if self.training else 'evaluation'}, batch {self.batch}, T = {self.time_steps}"
+        name = f"{self.network}, {'training step' if self.training else 'evaluation'}, batch {self.batch}, T = {self.time_steps}"
+        return f"{name}, {self.precision}" if self.precision else name
 
 
 CASES = [
@@ -47,7 +52,7 @@ CASES = [
 ]
 GPU_CASES = [
     Case("F400", True, 128, 5), Case("F64C5", True, 128, 30), Case("F64C5", False, 200, 30), Case("AlexNet-F", True, 128, 30),
-    Case("AlexNet-F", False, 200, 30), *[Case("AlexNet-F", True, 128, steps) for steps in (5, 10, 100)],
+    Case("AlexNet-F", False, 200, 30), *[Case("AlexNet-F", True, 128, steps) for steps in (10, 100)],
 ]
 NETWORKS = {"F400": (f400, yardstick_f400, 0.95), "F64C5": (f64c5_mnist, yardstick_f64c5, 0.95),
             "AlexNet-F": (alexnet_f, yardstick_alexnet_f, 0.99)}
@@ -76,6 +81,7 @@ class Side:
 
     def time(self) -> float:
         """Seconds of one step, its learning rate 0 so that every turn does the same work; the mean of as many as LEAST_S holds."""
+        self._choose_precision()
         self._wait()
         start, steps = time.perf_counter(), 0
         while steps == 0 or time.perf_counter() - start < LEAST_S:
@@ -92,6 +98,9 @@ class Side:
                 F.cross_entropy(logits, self.labels).backward()
                 self.optimizer.step()
 
+    def _choose_precision(self) -> bool:
+        return set_precision(self.case.precision or "fp32")
+
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -103,6 +112,7 @@ class Project(Side):
     def __init__(self, case: Case, device: str, batch_file: str, weights: str):
         super().__init__(case, device, batch_file)
         self.network = build(case)
+        self.network.bf16_products = self._choose_precision()
         self.network.load_state_dict(torch.load(weights))
         self.start()
 
@@ -131,11 +141,12 @@ class Yardstick(Side):
 
 
 class Rate:
-    def __init__(self, device: str):
-        self.device = device
+    def __init__(self, case: Case, device: str):
+        self.case, self.device = case, device
 
     def measure(self) -> float:
-        return matmul_rate(device=self.device)
+        rounded = set_precision(self.case.precision or "fp32")
+        return matmul_rate(device=self.device, dtype=torch.bfloat16 if rounded else torch.float32)
 
 
 def build(case: Case):
@@ -173,10 +184,11 @@ class Trained:
 
 def measure(case: Case, device: str, batch_file: str, weights: str, turns: int) -> Dict[str, Any]:
     """One row of the table."""
-    project, yardstick = (Worker(side, case, device, batch_file, weights) for side in (Project, Yardstick))
-    rate = Worker(Rate, device)
-    for side in (project, yardstick):
-        side.call("time")
+    start, sides = OnGpu if device == "cuda" else Worker, []
+    for kind in (Project, Yardstick):
+        sides.append(start(kind, case, device, batch_file, weights))
+        sides[-1].call("time")
+    (project, yardstick), rate = sides, start(Rate, case, device)
     times, floors = {"project": [], "yardstick": []}, []
     for _ in range(turns):
         times["project"].append(project.call("time"))
@@ -191,6 +203,8 @@ def measure(case: Case, device: str, batch_file: str, weights: str, turns: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), nargs="*", default=["fp32", "tf32", "bf16"],
+                        help="precisions to time on a GPU")
     parser.add_argument("--turns", type=int, default=3, help="how often each side is timed")
     parser.add_argument("--path", default="./data", help="folder of the data sets")
     parser.add_argument("--only", choices=NETWORKS, nargs="*", default=list(NETWORKS), help="networks to time")
@@ -198,19 +212,21 @@ def main() -> None:
     args = parser.parse_args()
     trained_files = dict(pair.split("=", 1) for pair in args.trained)
     print(f"{describe_machine(args.device)}\n{HEADER}")
-    rows: List[Dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for network in args.only:
-            trained, weights = Worker(Trained, network, args.device, args.path), str(Path(scratch) / "weights")
+            start = OnGpu if args.device == "cuda" else Worker
+            trained, weights = start(Trained, network, args.device, args.path), str(Path(scratch) / "weights")
             trained.call("weights", WARM_STEPS[network], trained_files.get(network), weights)
-            for case in GPU_CASES if args.device == "cuda" else CASES:
+            cases = [case._replace(precision=precision) for case in GPU_CASES for precision in args.precision]
+            for case in cases if args.device == "cuda" else CASES:
                 if case.network == network:
                     batch = str(Path(scratch) / "batch")
                     trained.call("batch", case.batch, batch)
-                    rows.append(measure(case, args.device, batch, weights, args.turns))
-                    print(describe_row(rows[-1]), flush=True)
+                    row = measure(case, args.device, batch, weights, args.turns)
+                    print(describe_row(row), flush=True)
+                    file = save_rows(args.device, [row])
             trained.close()
-    print(f"rows written to {save_rows(args.device, rows)}")
+    print(f"rows written to {file}")
 
 
 if __name__ == "__main__":

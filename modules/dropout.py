@@ -6,19 +6,22 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from modules import native
+from modules import gpu, native
 
 
 def dropout_mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
     """One variational mask, Bernoulli(1−p)/(1−p) for each output unit, to be used at every time step of a pass.
 
     p is rounded to a multiple of 2⁻¹⁶, with which the mask's mean is exactly 1. The mask follows from one number of PyTorch's CPU
-    generator, and is the same on every device.
+    generator, and is the same on every device, where its layout may be channels last.
     """
     drop, count = round(p * 65536), math.prod(shape)
     seed, scale = torch.empty((), dtype=torch.int64).random_(-2**63, None).item(), 65536 / (65536 - drop)
     if native.serves(like):
         return native.keep_mask(seed, count, drop - 32768, scale).view(shape)
+    kernels = gpu.kernels_for(like)
+    if kernels:
+        return kernels.keep_mask(seed, shape, drop, scale, like.device)
     return random_draws(seed, count, like.device).to(like.dtype).ge_(drop - 32768).mul_(scale).view(shape)
 
 

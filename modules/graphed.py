@@ -1,59 +1,268 @@
-"""The simulation captured once per shape in a CUDA graph and replayed, so that no launch of its thousands of kernels costs host time."""
+"""A network's passes on a CUDA device, captured in CUDA graphs and replayed, so that none of their thousands of kernels costs host time."""
 
-import copy
-from typing import Any, Dict, List, Optional, Tuple
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any, ContextManager, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from modules.simulation import EventInput, Loop, StaticInput, simulate
+from modules.event_driven import kernel_layout
+from modules.implicit import BackwardSolver, attach_gradient
+from modules.jacobian import TransposedJacobian
+from modules.simulation import Masks
+from modules.solvers import Anderson, Reading, Solution, iterate
+from modules.synchronised_norm import SynchronisedBatchNorm
+
+if TYPE_CHECKING:
+    from modules.network import FeedbackSNN
 
 WARM_UP_RUNS = 3
-MOST_GRAPHS = 4  # Each holds the simulation's memory: a training batch, a test batch, and the last, smaller one of either.
+MOST_GRAPHS = 6  # Each holds a pass's memory: a training batch, a test batch, the last, smaller one of either, and a few more.
 
 
-class GraphedSimulations:
-    """`simulate` on a CUDA device; a first call with new shapes captures, later ones copy their tensors in and replay."""
+class Pass(NamedTuple):
+    """What a pass computes before the readout: the last layer's rate and, for its gradient, `mapped` = f(rate, θ) and Jᵀ."""
+
+    rate: Tensor
+    mapped: Optional[Tensor] = None
+    jacobian: Optional[TransposedJacobian] = None
+
+    def with_gradient(self, solver: BackwardSolver) -> Tensor:
+        return self.rate if self.mapped is None else attach_gradient(self.rate, self.mapped, self.jacobian, solver)
+
+
+class GraphedPasses:
+    """`FeedbackSNN.run` on a CUDA device: a first call of a kind captures, later ones copy their input and masks in and replay.
+
+    The graphs read the network's parameters and buffers where they lie. One set of memory serves all passes with a gradient, so while
+    one of them may still be propagated back through, another runs without a graph. So does what can't be captured.
+    """
 
     def __init__(self):
-        self._graphs: Dict[Tuple, "_Graph"] = {}
+        self._captured: Dict[Tuple, Optional["_Graph"]] = {}
+        self._latest: Optional["weakref.ref[_Turn]"] = None
+        self._pools: Dict[bool, Any] = {}
 
-    def __call__(self, loop: Loop, input: "StaticInput | EventInput", time_steps: int) -> Tensor:
-        key = (time_steps, loop.neuron, torch.is_autocast_enabled("cuda"), torch.is_inference_mode_enabled(), type(input),
-               tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.stride()) for tensor in _tensors(loop, input)))
-        if key not in self._graphs:
-            if len(self._graphs) >= MOST_GRAPHS:
-                self._graphs.pop(next(iter(self._graphs)))
-            self._graphs[key] = _Graph(loop, input, time_steps)
-        return self._graphs[key](loop, input)
+    def __call__(self, network: "FeedbackSNN", x: Tensor, masks: Masks) -> Tensor:
+        """The last layer's rate, with its gradient if gradients are enabled."""
+        with_gradient = torch.is_grad_enabled()
+        graph = None if with_gradient and self._busy else self._graph(network, x, masks, with_gradient)
+        if graph is None:
+            passed = network.run(x, masks)
+            network.measure(passed)
+            return passed.with_gradient(network.solver)
+        graph.run(x, masks)
+        network.measure(graph.passed)
+        if not with_gradient:
+            return graph.passed.rate.clone()
+        turn = _Turn()
+        self._latest = weakref.ref(turn)
+        return _Replayed.apply(graph, network.solver, turn, self, *graph.parameters)
 
-    def __deepcopy__(self, memo: Dict[int, Any]) -> "GraphedSimulations":
-        return GraphedSimulations()
+    @property
+    def _busy(self) -> bool:
+        turn = self._latest and self._latest()
+        return turn is not None and not turn.done
+
+    def is_latest(self, turn: "_Turn") -> bool:
+        return self._latest is not None and self._latest() is turn
+
+    def _graph(self, network: "FeedbackSNN", x: Tensor, masks: Masks, with_gradient: bool) -> "Optional[_Graph]":
+        key = _kind(network, x, masks)
+        if key not in self._captured:
+            if len(self._captured) >= MOST_GRAPHS:
+                self._captured.pop(next(iter(self._captured)))
+            self._captured[key] = self._capture(network, x, masks, with_gradient)
+        return self._captured[key]
+
+    def _capture(self, network: "FeedbackSNN", x: Tensor, masks: Masks, with_gradient: bool) -> "Optional[_Graph]":
+        if any(isinstance(module, SynchronisedBatchNorm) for module in network.modules()):
+            return None  # Processes that exchange statistics do so without a graph.
+        pool = self._pools.setdefault(with_gradient, torch.cuda.graph_pool_handle())
+        try:
+            return _Graph(network, x, masks, with_gradient, pool)
+        except RuntimeError as error:
+            return _not_captured("the network's passes", error)
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "GraphedPasses":
+        return GraphedPasses()
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return GraphedPasses().__dict__
+
+
+class _Turn:
+    """One pass with a gradient; `done` once it has been propagated back through."""
+
+    done = False
 
 
 class _Graph:
-    def __init__(self, loop: Loop, input: "StaticInput | EventInput", time_steps: int):
-        self.loop, self.input = copy.deepcopy((loop, input))
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP_RUNS):
-                simulate(self.loop, self.input, time_steps)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.rate = simulate(self.loop, self.input, time_steps)
+    """Passes of one kind: a graph of the forward pass and, with a gradient, one from v to the gradients of the parameters."""
 
-    def __call__(self, loop: Loop, input: "StaticInput | EventInput") -> Tensor:
-        for own, given in zip(_tensors(self.loop, self.input), _tensors(loop, input)):
-            if own is not None:
-                own.copy_(given)
-        self.graph.replay()
-        return self.rate.clone()
+    def __init__(self, network: "FeedbackSNN", x: Tensor, masks: Masks, with_gradient: bool, pool: Any):
+        self.x, self.masks = x.clone(), Masks(*(_cloned(mask) for mask in masks))
+        self.parameters = [parameter for name, parameter in network.named_parameters()
+                           if with_gradient and parameter.requires_grad and not name.startswith("readout.")]
+        buffers = list(network.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP_RUNS):
+                    passed = network.run(self.x, self.masks)
+                    if with_gradient:
+                        self._gradients(passed, torch.zeros_like(passed.mapped))
+                    del passed
+            torch.cuda.current_stream().wait_stream(aside)
+            self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with _capturing(self.forward, pool):
+                self.passed = network.run(self.x, self.masks)
+                if with_gradient:
+                    self.passed.jacobian.adjoints  # made in here, once for all products
+            if with_gradient:
+                self.v = torch.zeros_like(self.passed.mapped)
+                with _capturing(self.backward, pool):
+                    gradients = self._gradients(self.passed, self.v)
+                    self.missing = [gradient is None for gradient in gradients]
+                    self.gradients = torch.cat([gradient.reshape(-1) for gradient in gradients if gradient is not None])
+                # Nothing is left to do for what autograd has noted.
+                self.passed = self.passed._replace(mapped=self.passed.mapped.detach(), jacobian=_GraphedJacobian(self.passed.jacobian))
+        finally:
+            with torch.no_grad():
+                for buffer, old in zip(buffers, before):
+                    buffer.copy_(old)
+
+    def _gradients(self, passed: Pass, v: Tensor) -> List[Optional[Tensor]]:
+        return torch.autograd.grad(passed.mapped, self.parameters, v, allow_unused=True)
+
+    def run(self, x: Tensor, masks: Masks) -> None:
+        self.x.copy_(x)
+        for own, given in zip(_each(self.masks), _each(masks)):
+            own.copy_(given)
+        self.forward.replay()
+
+    def propagate_back(self, v: Tensor) -> List[Optional[Tensor]]:
+        self.v.copy_(v)
+        self.backward.replay()
+        # The next pass overwrites what the graph has written, and the gradients may be kept and added to.
+        kept, at, gradients = self.gradients.clone(), 0, []
+        for parameter, missing in zip(self.parameters, self.missing):
+            gradients.append(None if missing else kept[at:at + parameter.numel()].view(parameter.shape))
+            at += 0 if missing else parameter.numel()
+        return gradients
 
 
-def _tensors(loop: Loop, input: "StaticInput | EventInput") -> List[Optional[Tensor]]:
-    """Everything that a simulation reads, in a fixed order."""
-    synapses = [*loop.hidden, loop.feedback]
-    given = [input.current] if isinstance(input, StaticInput) else [input.x, input.synapses.weight, input.synapses.bias, input.mask]
-    return [*given, *loop.masks.hidden, loop.masks.feedback, *(s.weight for s in synapses), *(s.bias for s in synapses)]
+class _GraphedJacobian(TransposedJacobian):
+    """A captured pass's Jᵀ, whose solve is captured too."""
+
+    def __init__(self, jacobian: TransposedJacobian):
+        self.links, self.adjoints, self._iteration, self._capturable = jacobian.links, jacobian.adjoints, None, True
+
+    @torch.no_grad()
+    def solve(self, gradient: Tensor, tol: float, max_iterations: int) -> Optional[Solution]:
+        if not self._capturable:
+            return None
+        try:
+            self._iteration = self._iteration or _GraphedIteration(self, gradient)
+            self._iteration.start(gradient)
+            return iterate(self._iteration, gradient, tol, max_iterations, ahead=True)
+        except RuntimeError as error:
+            self._capturable = False
+            return _not_captured("the backward solve", error)
+
+
+class _GraphedIteration:
+    """As modules.solvers.Iteration of v = g + Jᵀ v by Anderson's method, in graphs: one for visits, and one for each state of the memory."""
+
+    def __init__(self, jacobian: TransposedJacobian, gradient: Tensor):
+        self.pool = torch.cuda.graph_pool_handle()
+        self.gradient, self.x, self.at = (torch.empty_like(kernel_layout(gradient)) for _ in range(3))
+        self.scale, self.proposer, self.proposals = gradient.new_ones(()), Anderson(), {}
+        # Not in the graphs' memory, where another graph's intermediate results would overwrite what is remembered.
+        self.proposer.allocate(self.x)
+        self.start(gradient)
+        self._visit(jacobian)
+        self.proposer.propose(self.at, self.mapped, self.difference)  # What its libraries set up comes before the capture.
+        self.visits = torch.cuda.CUDAGraph()
+        with _capturing(self.visits, self.pool):
+            self._visit(jacobian)
+
+    def _visit(self, jacobian: TransposedJacobian) -> None:
+        self.at.copy_(self.x)
+        self.mapped = self.gradient + jacobian(self.at)
+        self.difference = self.mapped - self.at
+        self.residual = torch.linalg.vector_norm(self.difference) / self.scale
+
+    def start(self, gradient: Tensor) -> None:
+        self.gradient.copy_(gradient)
+        self.x.copy_(gradient)
+        norm = torch.linalg.vector_norm(gradient)
+        self.scale.copy_(torch.where(norm > 0, norm, torch.ones_like(norm)))
+        self.proposer.count = 0
+
+    def visit(self) -> Reading:
+        self.visits.replay()
+        return Reading(self.residual)
+
+    @property
+    def visited(self) -> Tensor:
+        return self.at.clone()
+
+    def propose(self) -> None:
+        count = self.proposer.count
+        state = count % Anderson.memory, min(count, Anderson.memory)
+        if state not in self.proposals:
+            graph = torch.cuda.CUDAGraph()
+            with _capturing(graph, self.pool):
+                self.x.copy_(self.proposer.propose(self.at, self.mapped, self.difference))
+            self.proposals[state] = graph
+        self.proposals[state].replay()
+        self.proposer.count = count + 1
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, graph, solver, turn, passes, *parameters):
+        ctx.graph, ctx.solver, ctx.turn, ctx.passes = graph, solver, turn, passes
+        return graph.passed.rate.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if not ctx.passes.is_latest(ctx.turn):
+            raise RuntimeError("a later pass has overwritten what this one left for its gradient; propagate back through each pass before "
+                               "the next one, or set network.uses_graphs = False")
+        gradients = ctx.graph.propagate_back(ctx.solver(ctx.graph.passed.jacobian, gradient))
+        ctx.turn.done = True
+        return None, None, None, None, *gradients
+
+
+def _kind(network: "FeedbackSNN", x: Tensor, masks: Masks) -> Tuple:
+    """Everything that a captured pass takes for granted."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return (x.shape, x.dtype, x.device, tuple(mask.shape for mask in _each(masks)), network.training, network.time_steps, network.neuron,
+            network.jacobian_bn, network.bf16_products, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled(),
+            tuple(tensor.data_ptr() for tensor in tensors), tuple(tensor.requires_grad for tensor in tensors))
+
+
+def _capturing(graph: "torch.cuda.CUDAGraph", pool: Any) -> ContextManager[None]:
+    # Other threads, such as those that watch over a job of several processes, may go on meanwhile.
+    return torch.cuda.graph(graph, pool, capture_error_mode="thread_local")
+
+
+def _not_captured(what: str, error: RuntimeError) -> None:
+    warnings.warn(f"{what} could not be captured in a CUDA graph ({error}), so that every kernel is launched by itself, which is slower")
+
+
+def _each(masks: Masks) -> List[Tensor]:
+    return [mask for mask in (masks.input, *masks.hidden, masks.feedback) if mask is not None]
+
+
+def _cloned(value: Any) -> Any:
+    """A tensor, None, or a sequence of them."""
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else value.clone()
+    return [_cloned(each) for each in value]

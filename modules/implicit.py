@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modules.across_processes import InnerProducts, process_rank
+from modules.event_driven import kernel_layout
 from modules.jacobian import TransposedJacobian
 from modules.solvers import METHODS, Solution, solve
 
@@ -60,8 +61,9 @@ class BackwardSolver:
 
     def __call__(self, vjp: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
         solution, joint = None, isinstance(vjp, TransposedJacobian) and vjp.joint
+        gradient = kernel_layout(gradient)
         if self.method == "anderson" and isinstance(vjp, TransposedJacobian):
-            solution = vjp.solve_by_kernel(gradient, self.tol, self.max_iterations)
+            solution = vjp.solve(gradient, self.tol, self.max_iterations)
         if solution is None:
             solution = solve(lambda v: gradient + vjp(v), gradient, self.method, self.tol, self.max_iterations,
                              products=InnerProducts(joint))

@@ -58,6 +58,11 @@ class LinearMap(NamedTuple):
                      in zip(input_shape[1:], output_shape[1:], weight.shape[2:], self.stride, self.padding)]
         return LinearMap("transposed", self.stride, self.padding, tuple(left_over)), weight
 
+    def unmirrored(self, weight: Tensor) -> Tuple["LinearMap", Tensor]:
+        """A transposed convolution of stride 1 as the convolution that it equals, with the flipped weight."""
+        padding = tuple(k - 1 - pad for k, pad in zip(weight.shape[2:], self.padding))
+        return LinearMap("convolutional", self.stride, padding), weight.transpose(0, 1).flip(2, 3)
+
     def output_shape(self, input_shape: Sequence[int], weight: Tensor) -> Tuple[int, ...]:
         """Shape of one sample's output for one sample's input, both without the batch dimension."""
         if self.kind == "dense":

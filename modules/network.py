@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from modules.bptt import unroll
 from modules.connection import Connection
 from modules.dropout import dropout_mask, masked
+from modules.event_driven import kernel_layout
 from modules.feedback import Feedback
-from modules.graphed import GraphedSimulations
-from modules.implicit import BackwardSolver, attach_gradient
+from modules.graphed import GraphedPasses, Pass
+from modules.implicit import BackwardSolver
 from modules.jacobian import Link, TransposedJacobian
 from modules.neuron import Fire, Neuron, rate_weights
 from modules.simulation import EventInput, Loop, Masks, Observer, StaticInput, Synapses, simulate
@@ -30,6 +31,7 @@ class FeedbackSNN(nn.Module):
     With a `surrogate` (modules/bptt.py) the gradient is that of back-propagation through time instead, of the same forward values.
     While `measures_residual` is set, each pass with a gradient leaves its rate's distance from equilibrium in `residual`:
     ‖f(a) − a‖ over the batch, relative to the larger of ‖a‖ and ‖f(a)‖, a tensor () on the network's device.
+    On a CUDA device passes are captured in graphs and replayed (modules/graphed.py) unless `uses_graphs` is set to False.
     `feedback_norm` says which norm of the feedback is bounded: that of its weight as a matrix (the paper's) or the "operator"'s.
     """
 
@@ -46,7 +48,7 @@ class FeedbackSNN(nn.Module):
         if feedback_norm not in ("matrix", "operator"):
             raise ValueError(f"feedback_norm is matrix or operator, not {feedback_norm!r}")
         self.jacobian_bn, self.bf16_products, self.surrogate = jacobian_bn, bf16_products, surrogate
-        self._graphed = GraphedSimulations()
+        self._graphed, self.uses_graphs = GraphedPasses(), True
         self.measures_residual, self.residual = False, None
         self.input_shape = tuple(input_shape)
         self.layer_shapes = [self.input.output_shape(self.input_shape)]
@@ -64,22 +66,39 @@ class FeedbackSNN(nn.Module):
     def forward(self, x: Tensor, observe: Optional[Observer] = None) -> Tensor:
         """Logits (batch, classes). `observe` is passed on to the simulation."""
         self._check_input(x)
-        weight, mean_input = self.feedback.normalised_weight(), self._mean_input(x)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16_products):
-            return self._logits(x, mean_input, weight, observe)
-
-    def _logits(self, x: Tensor, mean_input: Tensor, weight: Tensor, observe: Optional[Observer]) -> Tensor:
         masks = self._draw_masks(x)
-        current = self.input(mean_input, masks.input)
-        if self.surrogate and torch.is_grad_enabled():
-            rate = self._unroll(x, mean_input, current, weight, masks, observe)
+        if x.is_cuda and self.uses_graphs and observe is None and not self._unrolled:
+            rate = self._graphed(self, x, masks)
         else:
+            passed = self.run(x, masks, observe)
+            self.measure(passed)
+            rate = passed.with_gradient(self.solver)
+        with self._rounded_products(x):
+            return self.readout(rate.flatten(1)).to(rate.dtype)
+
+    def run(self, x: Tensor, masks: Masks, observe: Optional[Observer] = None) -> Pass:
+        """Simulate T steps under the given dropout masks and, when gradients are enabled, evaluate what the gradient needs.
+
+        With a surrogate the rate itself carries the gradient then.
+        """
+        weight, mean_input = self.feedback.normalised_weight(), self._mean_input(x)
+        with self._rounded_products(x):
+            current = self.input(mean_input, masks.input)
+            if self._unrolled:
+                return Pass(self._unroll(x, mean_input, current, weight, masks, observe))
             with torch.no_grad():
                 loop, source = self._loop(x, mean_input, current.detach(), weight.detach(), masks)
-                rate = self._simulate(loop, source, observe)
-            if torch.is_grad_enabled():
-                rate = self._with_gradient(rate, current, weight, masks, loop.feedback)
-        return self.readout(rate.flatten(1)).to(rate.dtype)
+                rate = simulate(loop, source, self.time_steps, observe)
+            if not torch.is_grad_enabled():
+                return Pass(rate)
+            return Pass(rate, *self._equilibrium(rate, current, weight, masks, loop.feedback))
+
+    @property
+    def _unrolled(self) -> bool:
+        return self.surrogate is not None and torch.is_grad_enabled()
+
+    def _rounded_products(self, x: Tensor) -> torch.autocast:
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16_products)
 
     def equilibrium_map(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> Tensor:
         """f: one lap round the loop, from the last layer's rate to itself (method section 5).
@@ -98,24 +117,24 @@ class FeedbackSNN(nn.Module):
             rates.append(self.neuron.equilibrium(connection(rates[-1], mask))[0])
         return rates
 
-    def _with_gradient(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks, synapses: Synapses) -> Tensor:
-        """`rate` with the implicit gradient; J is taken at the rate for one layer, at f(rate) with hidden layers.
+    def _equilibrium(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks,
+                     synapses: Synapses) -> Tuple[Tensor, TransposedJacobian]:
+        """f(rate) with its graph in θ, and Jᵀ, taken at the rate for one layer, at f(rate) with hidden layers.
 
         `synapses` are those of the feedback in the simulation, packed already.
         """
         if self.hidden:
             mapped = self.equilibrium_map(rate, current, weight, masks)
-            self._measure(rate, mapped)
-            return attach_gradient(rate, mapped, self.transposed_jacobian(mapped, current, weight, masks), self.solver)
+            return mapped, self.transposed_jacobian(mapped, current, weight, masks)
         # The one evaluation of f, at the rate, gives the value and the slope.
         mapped, slope = self.neuron.equilibrium(self.feedback(current, rate, weight, masks.feedback, synapses))
-        self._measure(rate, mapped)
-        link = Link(self.feedback.map, synapses.weight, rate.shape[1:], masked(slope, masks.feedback))
-        return attach_gradient(rate, mapped, TransposedJacobian([link]), self.solver)
+        return mapped, TransposedJacobian([Link(self.feedback.map, synapses.weight, rate.shape[1:], masked(slope, masks.feedback))])
 
     @torch.no_grad()
-    def _measure(self, rate: Tensor, mapped: Tensor) -> None:
-        if self.measures_residual:
+    def measure(self, passed: Pass) -> None:
+        """Leave the pass's distance from equilibrium in `residual`, if it is wanted and known."""
+        if self.measures_residual and passed.mapped is not None:
+            rate, mapped = passed.rate, passed.mapped
             # Relative to the larger of the two: a network that is still silent is 1 away, not infinitely far.
             size = torch.maximum(torch.linalg.vector_norm(rate), torch.linalg.vector_norm(mapped))
             self.residual = torch.linalg.vector_norm(mapped - rate) / size.clamp_min(torch.finfo(size.dtype).tiny)
@@ -131,12 +150,6 @@ class FeedbackSNN(nn.Module):
             layer_rate, slope = self.neuron.equilibrium(masked(drive, mask))
             links.append(link._replace(gain=masked(slope, mask)))
         return TransposedJacobian(links)
-
-    def _simulate(self, loop: Loop, source: "StaticInput | EventInput", observe: Optional[Observer] = None) -> Tensor:
-        """Firing rate of the last layer after T steps; `observe(t, spikes)` sees every layer's spikes at every step."""
-        if loop.feedback.weight.is_cuda and observe is None:
-            return self._graphed(loop, source, self.time_steps)
-        return simulate(loop, source, self.time_steps, observe)
 
     def _unroll(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor, masks: Masks,
                 observe: Optional[Observer]) -> Tensor:
@@ -162,7 +175,7 @@ class FeedbackSNN(nn.Module):
     def _mean_input(self, x: Tensor) -> Tensor:
         """x̄: the input itself if static, else its mean over time with the weights of the firing rate."""
         if not self.events:
-            return x
+            return kernel_layout(x) if x.is_cuda else x
         weights = rate_weights(self.time_steps, self.neuron.leak, dtype=x.dtype, device=x.device)
         return torch.tensordot(weights, x, dims=1)
 

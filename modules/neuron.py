@@ -1,11 +1,12 @@
 """Integrate-and-fire neurons, with and without leak, as pure functions of (current, state)."""
 
+import functools
 from typing import Callable, NamedTuple, Tuple
 
 import torch
 from torch import Tensor
 
-from modules import native
+from modules import gpu, native
 
 # Spikes from membrane potentials and the threshold.
 Fire = Callable[[Tensor, float], Tensor]
@@ -81,8 +82,9 @@ def neuron_step(current: Tensor, state: NeuronState, neuron: Neuron, fire: Fire 
 class _Saturate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, drive, threshold):
-        if native.serves(drive):
-            rate, slope = native.saturate(drive, threshold)
+        kernels = native if native.serves(drive) else gpu.kernels_for(drive)
+        if kernels:
+            rate, slope = kernels.saturate(drive, threshold)
         else:
             scaled = drive / threshold
             rate = scaled.clamp(0, 1)
@@ -104,10 +106,12 @@ def equilibrium_rate(drive: Tensor, neuron: Neuron) -> Tuple[Tensor, Tensor]:
     return _Saturate.apply(drive, neuron.threshold)
 
 
+@functools.lru_cache(maxsize=None)
 def rate_weights(time_steps: int, leak: float, **tensor_options) -> Tensor:
-    """Weights (T,) of the firing rate a = Σ_t w_t s(t), summing to 1: λ^(T−1−t) / Σ λ^(T−1−t), so 1/T for IF."""
-    weights = torch.logspace(time_steps - 1, 0, time_steps, base=leak, dtype=torch.float64)
-    return (weights / weights.sum()).to(**tensor_options)
+    """Weights (T,) of the firing rate a = Σ_t w_t s(t), summing to 1: λ^(T−1−t) / Σ λ^(T−1−t), so 1/T for IF. Kept, not to be changed."""
+    with torch.inference_mode(False):  # What is kept serves in training too.
+        weights = torch.logspace(time_steps - 1, 0, time_steps, base=leak, dtype=torch.float64)
+        return (weights / weights.sum()).to(**tensor_options)
 
 
 def rate_normaliser(time_steps: int, leak: float) -> float:

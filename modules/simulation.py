@@ -1,11 +1,13 @@
 """The simulation: T time steps of L spiking layers in a loop, without a gradient (method sections 1, 2 and 6.1)."""
 
+import functools
+import math
 from typing import Callable, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from modules import native, triton_neuron
+from modules import gpu, native
 from modules.event_driven import EventMap, event_map, kernel_layout, product
 from modules.linear_map import LinearMap
 from modules.neuron import Neuron, NeuronState, rate_normaliser, reached, resting_state
@@ -17,10 +19,15 @@ EVENT_DRIVEN_BELOW = 0.4
 # On a CPU the samples are simulated in chunks whose state stays in the processor's cache.
 CHUNK_BYTES = 8 * 2**20
 LEAST_CHUNK = 16
+# The Triton kernels number a layer's units with 32 bits.
+MOST_UNITS = 2**31 - 1
 
 
 class Masks(NamedTuple):
-    """The dropout masks of one pass, (batch, *layer shape) each, or None where nothing is dropped."""
+    """The dropout masks of one pass, (batch, *layer shape) each, or None where nothing is dropped.
+
+    Each is 0 or one scale that all its kept units have.
+    """
 
     input: Optional[Tensor] = None
     hidden: Sequence[Optional[Tensor]] = ()
@@ -34,13 +41,36 @@ class Synapses:
     """
 
     def __init__(self, map: LinearMap, weight: Tensor, bias: Optional[Tensor], input_shape: Sequence[int]):
-        self.map, self.bias, self.input_shape = map, bias, input_shape
-        self.weight = kernel_layout(weight) if weight.is_cuda else weight
+        self.map, self.weight, self.bias, self.input_shape = map, weight, bias, input_shape
         self.native = native.serves(weight) and not weight.requires_grad
         self._events: Optional[EventMap] = None
 
     def __call__(self, spikes: Tensor) -> Tensor:
-        return self.map(spikes, self.weight, self.bias)
+        return self.map(spikes, self._factor, self.bias)
+
+    def product(self, spikes: Tensor) -> Tensor:
+        """W s alone."""
+        return self.map(spikes, self._factor)
+
+    @functools.cached_property
+    def convolution(self) -> Optional[NamedTuple]:
+        """The map packed for the Triton kernel that computes its product and the neurons' update together; None where that can't serve."""
+        kernels, dtype = gpu.kernels_for(self.weight), product_dtype(self.weight)
+        pieces = 1 if dtype == torch.bfloat16 else 2 if torch.backends.cudnn.allow_tf32 else 3
+        return kernels.pack_convolution(self.map, self.weight, pieces) if kernels and not self.weight.requires_grad else None
+
+    @property
+    def spike_dtype(self) -> torch.dtype:
+        """The dtype in which the map takes spikes on a GPU."""
+        return torch.bfloat16 if self.convolution else product_dtype(self.weight)
+
+    @functools.cached_property
+    def _factor(self) -> Tensor:
+        """The weight, on a GPU laid out and rounded once for all steps."""
+        return kernel_layout(self.weight.to(product_dtype(self.weight))) if self.weight.is_cuda else self.weight
+
+    def scaled(self, factor: Tensor) -> "Synapses":
+        return Synapses(self.map, self.weight * factor, None if self.bias is None else self.bias * factor, self.input_shape)
 
     def of_rates(self, rates: Tensor, weight: Tensor) -> Tensor:
         """W a for constant rates a (batch, *input_shape); `weight` is that of the map, with its graph."""
@@ -57,6 +87,12 @@ class Synapses:
         return self._events
 
 
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which products with tensors like this one are computed: theirs, or under autocast its own."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
 class SpikingLayer:
     """One layer during a simulation: its state, advanced in place step by step, and, if wanted, its firing rate.
 
@@ -64,14 +100,17 @@ class SpikingLayer:
     is the fraction of neurons that spiked in the last step.
     """
 
-    def __init__(self, shape: Sequence[int], like: Tensor, neuron: Neuron, with_rate: bool = False):
+    def __init__(self, shape: Sequence[int], like: Tensor, neuron: Neuron, with_rate: bool = False,
+                 spike_dtype: Optional[torch.dtype] = None):
         self.neuron, self.steps, self.fired = neuron, 0, 0.0
         self.native = neuron.has_kernels and native.serves(like)
-        self.triton = neuron.has_kernels and triton_neuron.serves(like)
+        self.triton = gpu.kernels_for(like) if neuron.has_kernels else None
         layout = torch.channels_last if (self.native or self.triton) and len(shape) == 4 else torch.contiguous_format
         empty = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
         self.potential, self.spikes = resting_state(empty)
         self.total = torch.zeros_like(self.spikes) if with_rate else None
+        if self.triton:  # Written by the kernel in the dtype of the next product; the membrane is float32 all the same.
+            self.spikes = self.spikes.to(spike_dtype)
 
     def step(self, current: Optional[Tensor], synapses: Optional[Synapses] = None, source: Optional["SpikingLayer"] = None,
              mask: Optional[Tensor] = None) -> None:
@@ -80,11 +119,10 @@ class SpikingLayer:
         if self.native:
             self.fired = self._native_step(current, synapses, source, mask) / self.potential.numel()
             return
-        synaptic = None if synapses is None else synapses(source.spikes)
         if self.triton:
-            synaptic = None if synaptic is None else kernel_layout(synaptic)
-            triton_neuron.neuron_step(current, synaptic, mask, self.potential, self.spikes, self.total, *self.neuron)
+            self._triton_step(current, synapses, source, mask)
             return
+        synaptic = None if synapses is None else synapses(source.spikes)
         if synaptic is not None:
             # The membrane is float32 also where the products are not.
             synaptic = synaptic.to(self.potential.dtype) if mask is None else synaptic.to(self.potential.dtype) * mask
@@ -100,6 +138,19 @@ class SpikingLayer:
             return native.spike_step(events, source.spikes, current, mask, *state)
         synaptic = None if synapses is None else kernel_layout(synapses(source.spikes).to(source.spikes.dtype))
         return native.neuron_step(current, synaptic, mask, *state)
+
+    def _triton_step(self, current, synapses, source, mask) -> None:
+        state = self.triton.State(self.potential, self.spikes, self.total)
+        if synapses is None:
+            self.triton.neuron_step(None, current, None, mask, state, *self.neuron)
+        elif synapses.convolution:
+            self.triton.convolution_step(synapses.convolution, source.spikes, current, synapses.bias, mask, state, *self.neuron)
+        else:
+            self.triton.neuron_step(kernel_layout(synapses.product(source.spikes)), current, synapses.bias, mask, state, *self.neuron)
+
+    def silence(self, mask: Tensor) -> None:
+        """Have the units whose mask is 0 spike at no step."""
+        self.potential.masked_fill_(mask == 0, -math.inf)
 
     def rate(self) -> Tensor:
         return self.total / rate_normaliser(self.steps, self.neuron.leak)
@@ -173,6 +224,8 @@ def simulate(loop: Loop, input: "StaticInput | EventInput", time_steps: int, obs
     if loop.feedback.native and observe is None:
         state_bytes = 4 * 4 * sum(torch.Size(shape).numel() for shape in loop.shapes)
         chunk = max(LEAST_CHUNK, CHUNK_BYTES // state_bytes)
+    elif loop.feedback.weight.is_cuda:
+        chunk = min(chunk, MOST_UNITS // max(torch.Size(shape).numel() for shape in loop.shapes))
     parts = [slice(first, min(first + chunk, len(input))) for first in range(0, len(input), chunk)]
     rates = [_simulate_chunk(loop.part(part), input.part(part), time_steps, observe) for part in parts]
     return rates[0] if len(rates) == 1 else torch.cat(rates)
@@ -189,8 +242,11 @@ def _simulate_layer(loop: Loop, input: StaticInput, time_steps: int) -> Optional
 
 
 def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: int, observe: Optional[Observer]) -> Tensor:
-    weight, last = loop.feedback.weight, len(loop.shapes) - 1
-    layers = [SpikingLayer((len(input), *shape), weight, loop.neuron, with_rate=layer == last) for layer, shape in enumerate(loop.shapes)]
+    last = len(loop.shapes) - 1
+    layers = [SpikingLayer((len(input), *shape), loop.feedback.weight, loop.neuron, layer == last, after.spike_dtype)
+              for layer, (shape, after) in enumerate(zip(loop.shapes, [*loop.hidden, loop.feedback]))]
+    if layers[0].triton and observe is None:
+        loop = _masks_folded(loop, layers)
     for t in range(time_steps):
         # No spike has been fed back before the first step.
         feedback = (loop.feedback, layers[-1], loop.masks.feedback) if t > 0 else ()
@@ -198,7 +254,21 @@ def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: i
         for layer, before, synapses, mask in zip(layers[1:], layers, loop.hidden, loop.masks.hidden):
             layer.step(None, synapses, before, mask)
         if observe is not None:
-            observe(t, [layer.spikes.clone() for layer in layers])
+            observe(t, [layer.spikes.to(layer.potential.dtype, copy=True) for layer in layers])
             if hasattr(observe, "potentials"):
                 observe.potentials(t, [layer.potential.clone() for layer in layers])
     return layers[-1].rate()
+
+
+def _masks_folded(loop: Loop, layers: List[SpikingLayer]) -> Loop:
+    """The same simulation without the hidden layers' masks, which need not be read at every step then.
+
+    A unit that was dropped has no current, so it can as well be at −∞ from the start. What is kept has one scale, the mask's largest value.
+    """
+    folded = []
+    for layer, synapses, mask in zip(layers[1:], loop.hidden, loop.masks.hidden):
+        if mask is not None:
+            layer.silence(mask)
+            synapses = synapses.scaled(mask.amax())
+        folded.append(synapses)
+    return loop._replace(hidden=folded, masks=loop.masks._replace(hidden=[None] * len(folded)))

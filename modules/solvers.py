@@ -9,12 +9,12 @@ For the linear maps of the implicit gradient, Anderson acceleration with an unli
 """
 
 import math
-from collections import deque
 from typing import Callable, Dict, NamedTuple, Optional, Type
 
 import torch
 from torch import Tensor
 
+from modules import gpu
 from modules.across_processes import InnerProducts
 
 
@@ -25,6 +25,13 @@ class Solution(NamedTuple):
     residual: float
     iterations: float
     converged: bool
+
+
+def as_it_lies(tensor: Tensor, like: Tensor) -> Tensor:
+    """The values of `tensor` as a vector in the order in which `like`, of the same shape and dense, lies in memory."""
+    if tensor.stride() != like.stride():
+        tensor = torch.empty_like(like).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 class FixedPoint:
@@ -46,18 +53,27 @@ class Anderson:
     products = InnerProducts()
 
     def __init__(self):
-        self.count = 0
+        self.count, self.mapped = 0, None
+
+    def allocate(self, x: Tensor) -> None:
+        """Make room for the memory of vectors like x."""
+        self.mapped, self.residuals = (x.new_empty(self.memory, x.numel()) for _ in range(2))
+        self.gram = torch.zeros(self.memory, self.memory, dtype=torch.float64, device=x.device)
+        self.kernels = gpu.kernels_for(x)
 
     def propose(self, x: Tensor, mapped: Tensor, residual: Tensor) -> Tensor:
-        if self.count == 0:
-            self.mapped, self.residuals = (x.new_empty(self.memory, x.numel()) for _ in range(2))
-            self.gram = torch.zeros(self.memory, self.memory, dtype=torch.float64, device=x.device)
+        if self.mapped is None:
+            self.allocate(x)
         slot, self.count = self.count % self.memory, self.count + 1
         used = min(self.count, self.memory)
-        self.mapped[slot], self.residuals[slot] = mapped.flatten(), residual.flatten()
-        self.gram[slot, :used] = self.gram[:used, slot] = self.products.dot(self.residuals[:used], self.residuals[slot]).double()
-        weights = self._weights(self.gram[:used, :used]).to(x.dtype)
-        return (weights @ self.mapped[:used]).view_as(x)
+        self.mapped[slot], self.residuals[slot] = as_it_lies(mapped, x), as_it_lies(residual, x)
+        products = self.products.dot(self.residuals[:used], self.residuals[slot])
+        if self.kernels:
+            weights = self.kernels.anderson_weights(self.gram, products, slot, self.regularisation)
+        else:
+            self.gram[slot, :used] = self.gram[:used, slot] = products.double()
+            weights = self._weights(self.gram[:used, :used]).to(x.dtype)
+        return (weights @ self.mapped[:used]).as_strided(x.shape, x.stride())
 
     def _weights(self, gram: Tensor) -> Tensor:
         """Everything stays on the device: no value is waited for."""
@@ -120,34 +136,53 @@ class Reading:
         return self.host.item()
 
 
+class Iteration:
+    """x, which is visited, then replaced by what a method proposes: the work of `solve`, apart from its decisions."""
+
+    def __init__(self, map: Callable[[Tensor], Tensor], start: Tensor, method: str, products: InnerProducts):
+        self.map, self.x, self.proposer, self.products = map, start, METHODS[method](), products
+        self.proposer.products = products
+        norm = products.norm(start)
+        self.scale = torch.where(norm > 0, norm, torch.ones_like(norm))
+
+    def visit(self) -> Reading:
+        """The relative residual ‖map(x) − x‖ of x."""
+        self.visited, self.mapped = self.x, self.map(self.x)
+        self.difference = self.mapped - self.x
+        return Reading(self.products.norm(self.difference) / self.scale)
+
+    def propose(self) -> None:
+        self.x = self.proposer.propose(self.visited, self.mapped, self.difference)
+
+
 @torch.no_grad()
 def solve(map: Callable[[Tensor], Tensor], start: Tensor, method: str = "anderson", tol: float = 1e-3, max_iterations: int = 30,
-          read_behind: Optional[int] = None, products: InnerProducts = InnerProducts()) -> Solution:
+          ahead: Optional[bool] = None, products: InnerProducts = InnerProducts()) -> Solution:
     """Solve x = map(x) from `start`.
 
     The residual ‖map(x) − x‖ is relative to ‖start‖ (to 1 where that is 0); iteration stops when it is at most `tol`, when it
     is no longer finite, or after `max_iterations` evaluations of the map, and the x of lowest residual is returned with
-    that residual. `start` has any shape and floating dtype.
+    that residual. `start` has any shape and floating dtype, and is dense.
 
-    Each residual is read `read_behind` evaluations late, by default 1 on a GPU, which then has the next evaluation to work on while
-    the host decides, and 0 elsewhere. What is evaluated beyond the solution counts as iterations. `products` says whether the vectors
-    are joint ones of several processes, which then visit the same x and stop together; the method finds it in its attribute `products`.
+    With `ahead`, by default on a GPU alone, the next x is proposed before the residual is read, so that the device has that to work on
+    while the host decides. `products` says whether the vectors are joint ones of several processes, which then visit the same x and
+    stop together; the method finds it in its attribute `products`.
     """
-    proposer, norm = METHODS[method](), products.norm(start)
-    proposer.products = products
-    scale = torch.where(norm > 0, norm, torch.ones_like(norm))
-    behind = (1 if start.is_cuda else 0) if read_behind is None else read_behind
-    best, x, unread = Solution(start, math.inf, 0, False), start, deque()
-    for iteration in range(1, max_iterations + 1):
-        mapped = map(x)
-        difference = mapped - x
-        unread.append((x, Reading(products.norm(difference) / scale)))
-        while len(unread) > (behind if iteration < max_iterations else 0):
-            visited, reading = unread.popleft()
-            residual = reading.value()
-            if residual < best.residual:
-                best = Solution(visited, residual, iteration, residual <= tol)
-            if best.converged or not math.isfinite(residual):
-                return best._replace(iterations=iteration)
-        x = proposer.propose(x, mapped, difference)
-    return best._replace(iterations=max_iterations)
+    return iterate(Iteration(map, start, method, products), start, tol, max_iterations, start.is_cuda if ahead is None else ahead)
+
+
+def iterate(iteration: Iteration, start: Tensor, tol: float, max_iterations: int, ahead: bool) -> Solution:
+    """The decisions of `solve`."""
+    best = Solution(start, math.inf, 0, False)
+    for count in range(1, max_iterations + 1):
+        reading = iteration.visit()
+        if ahead:
+            iteration.propose()
+        residual = reading.value()
+        if residual < best.residual:
+            best = Solution(iteration.visited, residual, count, residual <= tol)
+        if best.converged or not math.isfinite(residual) or count == max_iterations:
+            break
+        if not ahead:
+            iteration.propose()
+    return best._replace(iterations=count)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modules import triton_neuron
-from modules.graphed import GraphedSimulations
+from modules.dropout import random_draws
+from modules.graphed import GraphedPasses
+from modules.linear_map import LinearMap
 from modules.neuron import NeuronState, make_neuron, neuron_step, resting_state
+from modules.solvers import Anderson
 from tests.networks import KINDS, explicit_masks, small_network
 
 # Where the Makefile puts Triton beside a CPU build of PyTorch.
@@ -20,39 +23,146 @@ APART = Path(sys.prefix) / "triton"
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
-def compare_kernel_with_pytorch(device):
-    torch.manual_seed(0)
+def compare_neuron_step_with_pytorch(device):
+    from modules.triton_kernels import State, neuron_step as kernel
     shape = (3, 700)
     for leak in (0.95, 1.0):
         neuron = make_neuron(2.0, leak)
-        potential, spikes, total, expected_total = (torch.zeros(shape, device=device) for _ in range(4))
-        state = resting_state(potential)
-        for parts in 2 * ("current synaptic mask", "current", "synaptic", "synaptic mask", "current synaptic"):
-            given = {"current": torch.randn(shape) + 0.5, "synaptic": torch.randn(shape) + 0.5, "mask": torch.rand(shape).ge(0.2) / 0.8}
+        own, expected_total = State(*(torch.zeros(shape, device=device) for _ in range(3))), torch.zeros(shape, device=device)
+        state = resting_state(own.potential)
+        for parts in 2 * ("current synaptic mask", "current", "synaptic", "synaptic bias mask", "current synaptic bias"):
+            given = {"current": torch.randn(shape) + 0.5, "synaptic": torch.randn(shape) + 0.5, "bias": torch.randn(shape[1]),
+                     "mask": torch.rand(shape).ge(0.2) / 0.8}
             given = {name: tensor.to(device) if name in parts else None for name, tensor in given.items()}
-            triton_neuron.neuron_step(**given, potential=potential, spikes=spikes, total=total, threshold=neuron.threshold, leak=neuron.leak)
-            drive = torch.zeros(shape, device=device) if given["current"] is None else given["current"]
-            if given["synaptic"] is not None:
-                drive = drive + (given["synaptic"] if given["mask"] is None else given["synaptic"] * given["mask"])
-            state = NeuronState(*neuron_step(drive, state, neuron))
+            kernel(**given, state=own, threshold=neuron.threshold, leak=leak)
+            product = torch.zeros(shape, device=device) if given["synaptic"] is None else given["synaptic"]
+            state = NeuronState(*neuron_step(drive_of(product, **given), state, neuron))
             expected_total = expected_total * neuron.leak + state.spikes
-            torch.testing.assert_close(potential, state.potential, atol=1e-6, rtol=1e-6)
-            assert torch.equal(spikes, state.spikes)
-            torch.testing.assert_close(total, expected_total)
-        assert 0 < spikes.mean() < 1
+            torch.testing.assert_close(own.potential, state.potential, atol=1e-6, rtol=1e-6)
+            assert torch.equal(own.spikes, state.spikes)
+            torch.testing.assert_close(own.total, expected_total)
+        assert 0 < own.spikes.mean() < 1
 
 
+def drive_of(product, current, bias, mask, **_):
+    if bias is not None:
+        product = product + bias.view(-1, *[1] * (product.dim() - 2))
+    product = product if mask is None else product * mask
+    return product if current is None else current + product
+
+
+def compare_bias_per_channel_with_pytorch(device):
+    """Images lie channels last; spikes may be bfloat16."""
+    from modules.triton_kernels import State, neuron_step as kernel
+    layout = dict(device=device, memory_format=torch.channels_last)
+    synaptic, bias = torch.randn(2, 5, 3, 4).to(**layout), torch.randn(5, device=device)
+    state = State(torch.zeros(2, 5, 3, 4).to(**layout), torch.zeros(2, 5, 3, 4, dtype=torch.bfloat16).to(**layout), None)
+    kernel(synaptic, None, bias, None, state, 0.5, 1.0)
+    expected = synaptic + bias.view(5, 1, 1)
+    torch.testing.assert_close(state.potential, expected)
+    assert torch.equal(state.spikes, expected.ge(0.5).bfloat16()) and 0 < state.spikes.float().mean() < 1
+
+
+def compare_convolutions_with_pytorch(device):
+    """Convolutions and transposed ones over shapes, strides and paddings, two steps each; units at −∞ stay silent."""
+    from modules.triton_kernels import State, convolution_step, pack_convolution
+    layout = dict(device=device, memory_format=torch.channels_last)
+    cases = [("convolutional", 3, (1, 1), (1, 1), (0, 0), (6, 5)), ("convolutional", 3, (2, 2), (1, 1), (0, 0), (7, 8)),
+             ("convolutional", 5, (1, 1), (2, 2), (0, 0), (4, 4)), ("convolutional", 2, (1, 2), (0, 1), (0, 0), (4, 6)),
+             ("transposed", 3, (2, 2), (1, 1), (1, 1), (4, 3)), ("transposed", 3, (1, 1), (1, 1), (0, 0), (4, 5)),
+             ("transposed", 5, (2, 1), (2, 1), (1, 0), (3, 4)), ("transposed", 2, (3, 3), (0, 0), (1, 2), (2, 3))]
+    for case, (kind, kernel, stride, padding, output_padding, size) in enumerate(cases):
+        channels_in, channels_out, pieces = 32 * (1 + case % 3), (8, 70, 130)[case % 3], 1 + case % 3
+        map = LinearMap(kind, stride, padding, output_padding)
+        shape = (channels_in, channels_out) if kind == "transposed" else (channels_out, channels_in)
+        weight = 0.2 * torch.randn(*shape, kernel, kernel, device=device)
+        if kind == "convolutional" and stride != (1, 1):
+            assert pack_convolution(map, weight, 1) is None  # cuDNN is faster
+            pieces = 3
+        packed = pack_convolution(map, weight, pieces)
+        kept = packed.pieces.double().sum(0)  # what is left of the weight in so many pieces
+        kept = kept.permute(2, 3, 0, 1) if kind == "transposed" else kept.permute(3, 2, 0, 1)
+        assert (kept - weight).norm() <= 2.0**(-8 * pieces) * weight.norm()
+        if device == "cpu":  # The interpreter has no bfloat16 products.
+            packed = packed._replace(pieces=packed.pieces.float())
+        x = torch.rand(3, channels_in, *size).lt(0.3).to(packed.pieces.dtype).to(**layout)
+        out_shape = (3, *map.output_shape(x.shape[1:], weight))
+        given = {"current": torch.randn(out_shape).to(**layout) if case % 2 else None,
+                 "bias": torch.randn(channels_out, device=device) if case % 3 else None,
+                 "mask": torch.rand(out_shape).ge(0.2).div(0.8).to(**layout) if case % 4 < 2 else None}
+        total = torch.zeros(out_shape).to(**layout) if case % 2 else None
+        state = State(torch.zeros(out_shape).to(**layout), torch.full(out_shape, -1.0).to(x.dtype).to(**layout), total)
+        silent = torch.rand(out_shape, device=device) < 0.1
+        state.potential.masked_fill_(silent, -math.inf)
+        expected, sum_of_spikes = NeuronState(state.potential.double(), torch.zeros_like(state.potential.double())), 0
+        clear = ~silent  # the units that were never within rounding of the threshold
+        for _ in range(2):
+            convolution_step(packed, x, **given, state=state, threshold=0.7, leak=0.9)
+            drive = drive_of(map(x.double(), kept), **given)
+            expected = NeuronState(*neuron_step(drive, expected, make_neuron(0.7, 0.9)))
+            sum_of_spikes = 0.9 * sum_of_spikes + expected.spikes
+            clear &= (expected.potential - 0.7).abs() > 1e-4
+        torch.testing.assert_close(state.potential[clear].double(), expected.potential[clear], atol=5e-5, rtol=1e-5)
+        assert torch.equal(state.spikes[clear].double(), expected.spikes[clear]) and not state.spikes[silent].any()
+        assert 0 < state.spikes.float().mean() < 1 and clear.float().mean() > 0.8
+        if total is not None:
+            torch.testing.assert_close(total[clear].double(), sum_of_spikes[clear], atol=1e-5, rtol=1e-5)
+
+
+def compare_equilibrium_rates_with_pytorch(device):
+    from modules.triton_kernels import saturate
+    drive = torch.tensor([-1.0, 0.0, 0.3, 2.0, 2.1, math.inf, -math.inf, math.nan] * 200, device=device).view(2, 5, 10, 16)
+    rate, slope = saturate(drive, 2.0)
+    scaled = drive / 2.0
+    torch.testing.assert_close(rate, scaled.clamp(0, 1), equal_nan=True, atol=0, rtol=0)
+    assert torch.equal(slope, scaled.clamp(0, 1).eq(scaled) / 2.0)
+
+
+def compare_anderson_weights_with_pytorch(device):
+    """Over two rounds of the memory, with vectors that are nearly dependent and of very different lengths."""
+    from modules.triton_kernels import anderson_weights
+    torch.manual_seed(0)
+    memory, expected = Anderson(), torch.zeros(5, 5, dtype=torch.float64)
+    gram, vectors = torch.zeros(5, 5, dtype=torch.float64, device=device), torch.zeros(5, 40, dtype=torch.float64)
+    for count in range(11):
+        slot, used = count % 5, min(count + 1, 5)
+        vectors[slot] = (vectors[slot - 1] + 0.01 * torch.randn(40) if count % 2 else torch.randn(40)) * 0.1**count
+        products = (vectors[:used] @ vectors[slot]).float()
+        expected[slot, :used] = expected[:used, slot] = products.double()
+        weights = anderson_weights(gram, products.to(device), slot, 1e-9).cpu()
+        torch.testing.assert_close(weights, memory._weights(expected[:used, :used]).float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(gram.cpu(), expected)
+
+
+def compare_masks_with_pytorch(device):
+    from modules.triton_kernels import keep_mask
+    for shape in ((3, 7), (2, 5, 3, 3), (300, 400)):
+        drop, scale = 13107, 65536 / (65536 - 13107)
+        for seed in (1, -1, 2**63 - 1, -2**63, 12345678901234567):
+            draws = random_draws(seed, math.prod(shape), torch.device("cpu"))
+            expected = draws.float().ge_(drop - 32768).mul_(scale).view(shape)
+            assert torch.equal(keep_mask(seed, shape, drop, scale, torch.device(device)).cpu(), expected)
+
+
+COMPARISONS = {"neuron step": compare_neuron_step_with_pytorch, "bias per channel": compare_bias_per_channel_with_pytorch,
+               "convolutions": compare_convolutions_with_pytorch, "rates at equilibrium": compare_equilibrium_rates_with_pytorch,
+               "Anderson's weights": compare_anderson_weights_with_pytorch, "dropout masks": compare_masks_with_pytorch}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are tested as they run on the CUDA device")
 @pytest.mark.skipif(not (APART / "triton").exists() and importlib.util.find_spec("triton") is None,
                     reason="Triton is not installed: make test does that on Linux")
-def test_triton_kernel_in_the_interpreter():
-    code = "from tests.test_gpu import compare_kernel_with_pytorch as compare; compare('cpu')"
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_triton_kernels_in_the_interpreter(name):
+    code = f"from tests.test_gpu import COMPARISONS; COMPARISONS[{name!r}]('cpu')"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1],
                    env={"TRITON_INTERPRET": "1", "PYTHONPATH": str(APART), "PATH": ""})
 
 
 @needs_cuda
-def test_triton_kernel_equals_pytorch():
-    compare_kernel_with_pytorch("cuda")
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_triton_kernels_equal_pytorch(name):
+    COMPARISONS[name]("cuda")
 
 
 @needs_cuda
@@ -91,8 +201,77 @@ def test_a_graph_replays_what_the_loop_computes(kind):
             torch.testing.assert_close(network(x), stepwise, atol=1e-5, rtol=1e-5)
 
 
+def graphed_and_not(kind, **settings):
+    """The same network twice on a GPU, the second without graphs, with fixed masks, and an input."""
+    network, x = small_network(kind, dropout=0.3, tol=1e-6, max_iterations=100, **settings)
+    masks = [mask.float().cuda() for mask in explicit_masks(network)]
+    graphed, plain = (copy.deepcopy(network).float().cuda() for _ in range(2))
+    plain.uses_graphs = False
+    for own in (graphed, plain):
+        explicit_masks(own, masks)
+    return (graphed, plain), x.float().cuda()
+
+
+def assert_same_tensors(graphed, plain):
+    for (name, own), other in zip(graphed.state_dict().items(), plain.state_dict().values()):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4, msg=name)
+    for (name, own), other in zip(graphed.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(own.grad, other.grad, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_add_up_and_statistics_advance_as_without_graphs(kind):
+    pair, x = graphed_and_not(kind)
+    for network in pair:
+        for scale in (1.0, 0.8, 1.2):
+            network(x * scale).square().sum().backward()
+    assert_same_tensors(*pair)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes_before_the_first_ones_gradient(kind):
+    """Two passes of one loss, with a test in between."""
+    pair, x = graphed_and_not(kind)
+    for network in pair:
+        for _ in range(2):
+            network.zero_grad()
+            first = network(x)
+            with torch.no_grad():
+                network.eval()(0.9 * x)
+            (first.square().sum() + network.train()(0.8 * x).square().sum()).backward()
+    assert_same_tensors(*pair)
+
+
+@needs_cuda
+def test_a_gradient_whose_pass_was_overwritten_is_refused():
+    (network, _), x = graphed_and_not("convolutional")
+    loss = network(x).sum()
+    loss.backward(retain_graph=True)
+    network(0.5 * x)
+    with pytest.raises(RuntimeError, match="a later pass has overwritten"):
+        loss.backward()
+
+
+@needs_cuda
+def test_what_a_graph_takes_for_granted_may_change():
+    """New parameters in place of old ones, another T, frozen parameters, evaluation and back."""
+    pair, x = graphed_and_not("multi-layer")
+    for network in pair:
+        network(x).sum().backward()
+        network.input.linear.weight = torch.nn.Parameter(0.5 * network.input.linear.weight.detach())
+        network.zero_grad()
+        network(x).sum().backward()
+        network.time_steps = 3
+        network.feedback.g.requires_grad_(False)
+        network.zero_grad(set_to_none=False)
+        network(x).sum().backward()
+    assert_same_tensors(*pair)
+
+
 def test_a_network_can_be_copied_with_its_graphs():
     network, x = small_network("dense")
     copied = copy.deepcopy(network)
-    assert isinstance(copied._graphed, GraphedSimulations) and copied._graphed is not network._graphed
+    assert isinstance(copied._graphed, GraphedPasses) and copied._graphed is not network._graphed
     torch.testing.assert_close(copied.eval()(x), network.eval()(x))

@@ -15,9 +15,8 @@ from modules.feedback import Feedback
 from modules.implicit import BackwardSolver
 from modules.jacobian import Link, TransposedJacobian
 from modules.linear_map import LinearMap
-from modules.network import FeedbackSNN
 from modules.neuron import equilibrium_rate, make_neuron
-from modules.simulation import SpikingLayer, Synapses
+from modules.simulation import SpikingLayer, Synapses, simulate
 from tests import naive
 from tests.networks import KINDS, explicit_masks, small_network
 
@@ -168,8 +167,8 @@ def test_chunks_and_whole_simulations_do_not_change_the_result(kind, training, e
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernels_serve_in_training_too(kind, monkeypatch):
     network, x = small_network(kind)
-    network, loops, simulate = network.float().train(), [], FeedbackSNN._simulate
-    monkeypatch.setattr(network, "_simulate", lambda loop, *rest: (loops.append(loop), simulate(network, loop, *rest))[1])
+    network, loops = network.float().train(), []
+    monkeypatch.setattr("modules.network.simulate", lambda loop, *rest: (loops.append(loop), simulate(loop, *rest))[1])
     network(x.float()).sum().backward()
     (loop,) = loops
     assert loop.feedback.native and all(synapses.native for synapses in loop.hidden)
@@ -235,7 +234,7 @@ def test_layer_solve_reaches_the_tolerance_and_says_so(feedback, shape, batch, t
     gain = 0.5 * (torch.arange(batch * weight.new_empty(shape).numel()) % 3 == 0).float().view(batch, *shape)
     gradient = torch.randn(batch, *shape) * torch.logspace(-6, 0, batch).view(-1, *[1] * len(shape))
     solver, product = BackwardSolver(tol=tol, max_iterations=100), product_of(LinearMap.of(feedback), weight, gain)
-    assert product.solve_by_kernel(gradient, tol, 100) is not None
+    assert product.solve(gradient, tol, 100) is not None
     v = solver(product, gradient)
     exact = product_of(LinearMap.of(feedback), weight.double(), gain.double())
     residual = (gradient.double() + exact(v.double()) - v.double()).norm() / gradient.double().norm()

@@ -91,14 +91,11 @@ def test_anderson_with_all_its_memory_needs_no_more_products_than_gmres(monkeypa
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("behind", [1, 3])
-def test_residuals_read_late_cost_evaluations_and_nothing_else(method, behind):
+def test_proposing_before_the_residual_is_read_changes_nothing(method):
     b, A = linear_problem()
-    usual, late = (solve(lambda x: b + A @ x, b, method, 1e-6, 60, read_behind=lag) for lag in (0, behind))
-    assert torch.equal(usual.value, late.value) and usual.residual == late.residual and late.converged
-    assert late.iterations == usual.iterations + behind
-    cut = solve(lambda x: b + A @ x, b, method, 1e-12, 4, read_behind=behind)
-    assert cut.iterations == 4 and not cut.converged and cut.residual == solve(lambda x: b + A @ x, b, method, 1e-12, 4).residual
+    for tol, iterations in ((1e-6, 60), (1e-12, 4)):
+        usual, early = (solve(lambda x: b + A @ x, b, method, tol, iterations, ahead=ahead) for ahead in (False, True))
+        assert torch.equal(usual.value, early.value) and usual[1:] == early[1:]
 
 
 @pytest.mark.parametrize("method", METHODS)
