@@ -1,5 +1,6 @@
 """Jobs of several processes compute what one process does; one of them speaks and writes, and a lost one ends the job."""
 
+import gc
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 
@@ -101,15 +103,25 @@ def in_process(rank, ports, folder):
             model, (x, labels) = parallel(network), next(iter(Batches(samples, SIZE, shuffled=False)))
             F.cross_entropy(model(x), labels).backward()
             found[kind, "apart"] = gradients_of(network)
+            del model
         found["seen"] = seen_samples(rank)
         torch.manual_seed(3)
         draw_independently(3)
         found["mask"] = dropout_mask((50,), 0.5, torch.zeros(0))
+        found["threads within"] = gloo_threads()
+        cycle = [dist.group.WORLD]  # Nothing but the garbage collector ends it.
+        cycle.append(cycle)
+        gc.freeze()
+        del cycle
     flags = ["--path", str(folder), "--train-batch", "20", "--epochs", "2", "--checkpoint-every", "2", "--device", "cpu"]
     os.environ["MASTER_PORT"] = str(ports[1])
     main(fmnist_mlp.RECIPE, [*flags, "--manualSeed", "1", "-c", str(folder / "whole")])
     os.environ["MASTER_PORT"] = str(ports[2])
     main(fmnist_mlp.RECIPE, [*flags, "--resume", str(folder / "whole" / PREVIOUS), "-c", str(folder / "resumed")])
+    os.environ["MASTER_PORT"] = str(ports[3])
+    with pytest.raises(UserError), joined(torch.device("cpu"), ""):
+        check_batches(Namespace(train_batch=3, sync_bn=False))
+    found["threads after"] = gloo_threads(awaited=0)
     found["folder"] = folder
     torch.save(found, folder / f"{rank}.pt")
 
@@ -124,6 +136,24 @@ def seen_samples(seed):
                     model=parallel(network))
     evaluate(network, Batches(samples, 4, shuffled=False))
     return seen
+
+
+def gloo_threads(awaited=None):
+    """How many threads of gloo process groups this process has; a number that is `awaited` has a few seconds to come true."""
+    deadline = time.monotonic() + 5
+    while True:
+        names = [name_of(thread) for thread in Path("/proc/self/task").iterdir()] if sys.platform == "linux" else []
+        count = names.count("pt_gloo_runloop")
+        if awaited in (None, count) or time.monotonic() > deadline:
+            return count
+        time.sleep(0.01)
+
+
+def name_of(thread):
+    try:
+        return (thread / "comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):  # It has ended meanwhile.
+        return ""
 
 
 def free_port():
@@ -141,7 +171,7 @@ def data(tmp_path_factory):
 def two(tmp_path_factory):
     """What each of the two processes found."""
     folder = write_small_data(tmp_path_factory.mktemp("two"))
-    torch.multiprocessing.spawn(in_process, ([free_port() for _ in range(3)], folder), nprocs=2)
+    torch.multiprocessing.spawn(in_process, ([free_port() for _ in range(4)], folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -202,6 +232,12 @@ def test_each_sample_has_one_place_in_an_epoch_and_one_in_the_test(two):
 
 def test_dropout_masks_are_each_processs_own(two):
     assert not torch.equal(two[0]["mask"], two[1]["mask"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' names in /proc")
+def test_the_process_group_ends_with_its_threads(two):
+    """A thread that outlives the interpreter may abort the process, though all it had to do is done."""
+    assert all(process["threads within"] > 0 and process["threads after"] == 0 for process in two)
 
 
 def test_a_resumed_job_ends_as_one_that_was_not_stopped(two):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Iterator, Optional
 
-from utils.processes import largest
+from utils.processes import known_to_all, largest
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
@@ -59,7 +59,7 @@ class Interruption:
     def stop_if_asked(self) -> None:
         asked = largest(self.asked or 0)
         if asked:
-            raise Interrupted(asked)
+            raise known_to_all(Interrupted(asked))
 
     def _receive(self, number: int, frame: Optional[FrameType]) -> None:
         self.asked = number

@@ -3,6 +3,7 @@
 Without torchrun there is one process, and everything here does nothing.
 """
 
+import gc
 import os
 import shlex
 import sys
@@ -20,6 +21,7 @@ from modules.across_processes import process_count, process_rank
 from utils.errors import RunFailed, UserError
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 # Longer than the first process prepares data or writes files. A process that dies is noticed at once, one that hangs after this.
 TIMEOUT = timedelta(minutes=10)
@@ -59,6 +61,9 @@ def joined(device: torch.device, how_to_go_on: str) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # When it is first imported, otherwise by an optimizer, this module takes the process group for default arguments and so keeps
+    # it for ever (PyTorch 2.13). Here there is none yet.
+    from torch.distributed.nn import functional  # noqa: F401
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         yield
@@ -67,7 +72,19 @@ def joined(device: torch.device, how_to_go_on: str) -> Iterator[None]:
             raise
         raise RunFailed(f"another process of the job has died, or has not answered for {TIMEOUT.seconds // 60} minutes, so process "
                         f"{os.environ['RANK']} stops too. {how_to_go_on}") from error
+    except BaseException as error:
+        if _is_known_to_all(error):  # Else the others go on or are lost, and NCCL might wait for them.
+            _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    """End the process group and its threads: one that lets go of a tensor after the interpreter's end would abort the process."""
     dist.destroy_process_group()
+    # The threads end with the last reference to the group, which a cycle may hold, be it spared (utils/training.py) or not.
+    gc.unfreeze()
+    gc.collect()
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
@@ -100,7 +117,7 @@ def from_the_first(action: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def known_to_all(error: Exception) -> Exception:
+def known_to_all(error: E) -> E:
     """The error, marked as one that every process raises, so that one need tell it."""
     error.known_to_all = True
     return error
@@ -108,7 +125,11 @@ def known_to_all(error: Exception) -> Exception:
 
 def tells(error: Exception) -> bool:
     """Whether this process tells the user of `error`."""
-    return is_first() or not getattr(error, "known_to_all", False)
+    return is_first() or not _is_known_to_all(error)
+
+
+def _is_known_to_all(error: BaseException) -> bool:
+    return getattr(error, "known_to_all", False)
 
 
 @contextmanager
