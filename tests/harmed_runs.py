@@ -32,13 +32,13 @@ def after(monkeypatch):
     def arrange(count, act):
         real, calls = fit.train_one_epoch, [0]
 
-        def train_one_epoch(network, batches, optimizer, rate, state, after_iteration, on_nan, model):
+        def train_one_epoch(network, batches, optimizer, rate, state, after_iteration, on_nan):
             def counted():
                 calls[0] += 1
                 if calls[0] == count:
                     act()
                 after_iteration()
-            return real(network, batches, optimizer, rate, state, counted, on_nan, model)
+            return real(network, batches, optimizer, rate, state, counted, on_nan)
         monkeypatch.setattr(fit, "train_one_epoch", train_one_epoch)
     return arrange
 

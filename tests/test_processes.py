@@ -32,7 +32,7 @@ from utils.device import choose_device
 from utils.errors import UserError
 from utils.experiment import main
 from utils.log import read_log
-from utils.processes import check_batches, draw_independently, joined, parallel
+from utils.processes import average_gradients, check_batches, draw_independently, joined, share_network
 from utils.training import evaluate, make_optimizer, train_one_epoch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,9 +66,9 @@ def small(kind, dtype=torch.float64, jacobian_bn="train", method="anderson"):
 
 def trained(network, samples):
     """What an epoch of training leaves: its averages, every iteration's gradients, the tensors; and the test's averages."""
-    batches, optimizer, model = Batches(samples, SIZE, shuffled=True), make_optimizer(network, ARGS), parallel(network)
+    batches, optimizer = Batches(samples, SIZE, shuffled=True), make_optimizer(network, ARGS)
     gradients = []
-    training = train_one_epoch(network, batches, optimizer, lambda iteration: 0.05, model=model,
+    training = train_one_epoch(network, batches, optimizer, lambda iteration: 0.05,
                                after_iteration=lambda: gradients.append(gradients_of(network)))
     testing = evaluate(network, Batches(samples, 4, shuffled=False))  # the last batch has one sample
     return {"averages": [training, testing], "gradients": gradients, "tensors": network.state_dict(), "tally": network.solver.tally}
@@ -100,14 +100,16 @@ def in_process(rank, ports, folder):
             found[name] = trained(network, samples)
         for kind in APART:
             network, samples = small(kind)
-            model, (x, labels) = parallel(network), next(iter(Batches(samples, SIZE, shuffled=False)))
-            F.cross_entropy(model(x), labels).backward()
+            x, labels = next(iter(Batches(samples, SIZE, shuffled=False)))
+            F.cross_entropy(network(x), labels).backward()
+            average_gradients(network)
             found[kind, "apart"] = gradients_of(network)
-            del model
+        found["buffers"] = buffers_at_each_pass()
         found["seen"] = seen_samples(rank)
         torch.manual_seed(3)
         draw_independently(3)
         found["mask"] = dropout_mask((50,), 0.5, torch.zeros(0))
+        found["shared"] = shared_network(rank)
         found["threads within"] = gloo_threads()
         cycle = [dist.group.WORLD]  # Nothing but the garbage collector ends it.
         cycle.append(cycle)
@@ -132,10 +134,27 @@ def seen_samples(seed):
     numbers = torch.arange(COUNT).float()[:, None]
     samples = Samples(numbers, torch.zeros(COUNT, dtype=torch.int64), lambda x: (seen.append(x[:, 0].int().tolist()), x)[1])
     torch.manual_seed(seed)
-    train_one_epoch(network, Batches(samples, SIZE, shuffled=True), make_optimizer(network, ARGS), lambda iteration: 0.0,
-                    model=parallel(network))
+    train_one_epoch(network, Batches(samples, SIZE, shuffled=True), make_optimizer(network, ARGS), lambda iteration: 0.0)
     evaluate(network, Batches(samples, 4, shuffled=False))
     return seen
+
+
+def buffers_at_each_pass():
+    """All buffers' values in a row, as each of an epoch's three passes starts and as the test does, with separate batch norms."""
+    (network, samples), seen = small("AlexNet-F"), []
+    network.register_forward_pre_hook(lambda *_: seen.append(torch.cat([tensor.flatten() for tensor in network.buffers()])))
+    trained(network, samples)
+    return seen[:4]
+
+
+def shared_network(rank):
+    """The tensors of a network that was another in each process, and the gradients where one parameter alone had one, 1 or 2."""
+    torch.manual_seed(rank)
+    network = f400(5, inputs=2, classes=2, neuron=make_neuron(0.8, 0.9), time_steps=2)
+    share_network(network)
+    network.feedback.g.grad = torch.full((), rank + 1.0)
+    average_gradients(network)
+    return {"tensors": network.state_dict(), "gradients": [parameter.grad for parameter in network.parameters()]}
 
 
 def gloo_threads(awaited=None):
@@ -232,6 +251,26 @@ def test_each_sample_has_one_place_in_an_epoch_and_one_in_the_test(two):
 
 def test_dropout_masks_are_each_processs_own(two):
     assert not torch.equal(two[0]["mask"], two[1]["mask"])
+
+
+def test_training_starts_from_the_first_processs_network(two):
+    torch.manual_seed(0)
+    expected = f400(5, inputs=2, classes=2, neuron=make_neuron(0.8, 0.9), time_steps=2).state_dict()
+    for process in two:
+        tensors = process["shared"]["tensors"]
+        assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+
+
+def test_every_pass_starts_from_the_first_processs_buffers(two):
+    first, second = (process["buffers"] for process in two)
+    assert len(first) == 4 and all(map(torch.equal, first, second))
+    assert not any(map(torch.equal, first, first[1:]))
+
+
+def test_a_parameter_without_a_gradient_keeps_none(two):
+    """As the feedback in back-propagation through a single time step; the others' gradients are averaged all the same."""
+    for process in two:
+        assert [gradient for gradient in process["shared"]["gradients"] if gradient is not None] == [torch.tensor(1.5)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' names in /proc")

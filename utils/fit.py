@@ -5,7 +5,6 @@ from argparse import Namespace
 from typing import Optional
 
 from termcolor import colored, cprint
-from torch import nn
 
 from modules.implicit import SolveTally
 from utils.checkpoint import LATEST
@@ -13,7 +12,7 @@ from utils.data.batches import Batches
 from utils.epoch_state import EpochState
 from utils.errors import RunFailed
 from utils.interruption import Interrupted, Interruption
-from utils.processes import is_first, known_to_all, parallel
+from utils.processes import is_first, known_to_all, share_network
 from utils.run_files import RunFiles
 from utils.run_state import RunState
 from utils.schedule import learning_rate
@@ -28,11 +27,11 @@ def fit(run: RunState, train: Batches, test: Batches, files: RunFiles, args: Nam
     """Run the epochs that are left and plot the log. Where a signal asks for it, save and raise Interrupted between two iterations."""
     run.begin()
     scalars = Scalars(files.folder, keep=run.epoch) if args.tensorboard and is_first() else None
-    model = parallel(run.network)
+    share_network(run.network)
     with interruption.deferred():
         try:
             while not run.finished:
-                _run_epoch(run, train, test, files, args, interruption, scalars, model)
+                _run_epoch(run, train, test, files, args, interruption, scalars)
         except Interrupted as interrupted:
             files.save(run)
             interrupted.kept = (f" {run.place.capitalize()}, saved in {files.folder / LATEST}; to go on, give the same command "
@@ -46,7 +45,7 @@ def fit(run: RunState, train: Batches, test: Batches, files: RunFiles, args: Nam
 
 
 def _run_epoch(run: RunState, train: Batches, test: Batches, files: RunFiles, args: Namespace, interruption: Interruption,
-               scalars: Optional[Scalars], model: nn.Module) -> None:
+               scalars: Optional[Scalars]) -> None:
     began, epoch, state, every = time.perf_counter(), run.epoch, run.partial, args.checkpoint_every
 
     def rate(iteration: int) -> float:
@@ -57,7 +56,7 @@ def _run_epoch(run: RunState, train: Batches, test: Batches, files: RunFiles, ar
             files.save(run)
         interruption.stop_if_asked()
 
-    training = train_one_epoch(run.network, train, run.optimizer, rate, state, after_iteration, args.on_nan, model)
+    training = train_one_epoch(run.network, train, run.optimizer, rate, state, after_iteration, args.on_nan)
     state = state.of_all_processes()
     testing = evaluate(run.network, test, between=interruption.stop_if_asked)
     last_rate = rate(len(train) - 1)

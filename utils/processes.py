@@ -14,8 +14,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from modules.across_processes import process_count, process_rank
 from utils.errors import RunFailed, UserError
@@ -151,21 +150,45 @@ def largest(value: int) -> int:
     return value.item()
 
 
-def parallel(network: nn.Module) -> nn.Module:
-    """The network as one that averages gradients over all processes and starts every pass from the first one's buffers."""
-    if process_count() == 1:
-        return network
-    device = next(network.parameters()).device
-    # Back-propagation through a single time step leaves the feedback out.
-    unused = network.surrogate is not None and network.time_steps == 1
-    return DistributedDataParallel(network, [device] if device.type == "cuda" else None, find_unused_parameters=unused)
+def share_network(network: nn.Module) -> None:
+    """Give every process the first one's parameters and buffers: from there the same gradients keep the parameters the same."""
+    if process_count() > 1:
+        _exchange([*network.parameters(), *network.buffers()], _take_the_first)
 
 
 def share_buffers(network: nn.Module) -> None:
     """Give every process the first one's buffers: without --sync-bn each has running statistics of its own share."""
     if process_count() > 1:
-        for buffer in network.buffers():
-            dist.broadcast(buffer, 0)
+        _exchange([*network.buffers()], _take_the_first)
+
+
+def average_gradients(network: nn.Module) -> None:
+    """Give every parameter the mean of all processes' gradients; one that has none here has none in any process."""
+    if process_count() > 1:
+        _exchange([parameter.grad for parameter in network.parameters() if parameter.grad is not None], _take_the_mean)
+
+
+def _take_the_first(values: Tensor) -> None:
+    dist.broadcast(values, 0)
+
+
+def _take_the_mean(values: Tensor) -> None:
+    dist.all_reduce(values)
+    values /= process_count()
+
+
+@torch.no_grad()
+def _exchange(tensors: Sequence[Tensor], change: Callable[[Tensor], None]) -> None:
+    """Change the tensors in place: `change` gets the values of all those of one dtype in a row (count,), and changes them.
+
+    For a small tensor a message of its own would take longer than its values.
+    """
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # Unlike a set, in the same order in every process.
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        values = torch.cat([tensor.flatten() for tensor in alike])
+        change(values)
+        for tensor, part in zip(alike, values.split([tensor.numel() for tensor in alike])):
+            tensor.copy_(part.view_as(tensor))
 
 
 def draw_independently(seed: int) -> None:

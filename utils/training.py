@@ -17,7 +17,7 @@ from modules.solvers import Reading
 from utils.data.batches import Batches
 from utils.epoch_state import EpochState
 from utils.metrics import Averages, Metrics
-from utils.processes import gathered, is_first, share_buffers
+from utils.processes import average_gradients, gathered, is_first, share_buffers
 
 # Reading a metric waits for the device, so the bar shows new ones only so often.
 ITERATIONS_PER_BAR_UPDATE = 10
@@ -48,12 +48,12 @@ def nothing() -> None:
 
 def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, learning_rate: Callable[[int], float],
                     state: Optional[EpochState] = None, after_iteration: Callable[[], None] = nothing,
-                    on_nan: str = "stop", model: Optional[nn.Module] = None) -> Averages:
+                    on_nan: str = "stop") -> Averages:
     """Train on every batch once; `learning_rate` gives the rate of the epoch's i-th iteration.
 
     It goes on from `state`, which is up to date whenever `after_iteration` is called. Where the loss or a current is not finite, it
     raises NotFinite, or for `on_nan` "skip" leaves the network and the metrics as they were before the batch and counts it.
-    `model` is the network as it is called, with the other processes of the job (utils/processes.py) where there are any.
+    In a job of several processes each pass starts from the first one's buffers, and gradients are averaged (utils/processes.py).
     """
     _spare_the_garbage_collector()
     state = EpochState() if state is None else state
@@ -74,9 +74,10 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
             iteration = state.iteration
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(iteration)
+            share_buffers(network)
             before = [buffer.clone() for buffer in network.buffers()] if on_nan == "skip" else []
             network.measures_residual = iteration % ITERATIONS_PER_RESIDUAL == 0
-            logits = (model or network)(x)
+            logits = network(x)
             loss = F.cross_entropy(logits, labels)
             reading = Reading(total(loss.detach() + torch.cat(statistics).sum()))
             for parameter in parameters:  # optimizer.zero_grad() takes ten times as long.
@@ -86,6 +87,7 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
             (loss if weight == 1 else loss * weight).backward()
             # The solve in there has read values that a GPU computes after the loss, so this waits for nothing.
             if math.isfinite(reading.value()):
+                average_gradients(network)
                 optimizer.step()
                 state.metrics.add(logits, labels, loss)
                 if network.residual is not None and network.measures_residual:
