@@ -61,7 +61,9 @@ def main() -> None:
     order = "self_cuda_time_total" if args.device == "cuda" else "self_cpu_time_total"
     print(profiled.key_averages().table(sort_by=order, row_limit=args.rows, max_name_column_width=50))
     if args.device == "cuda":
-        busy = sum(event.self_device_time_total for event in profiled.key_averages()) / 1e6
+        # What an operation launches is listed under the operation too, and is counted once.
+        kernels = [event for event in profiled.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+        busy = sum(event.self_device_time_total for event in kernels if not event.is_user_annotation) / 1e6
         print(f"a step takes {1e3 * usual / STEPS:.2f} ms, the GPU's work in it {1e3 * busy / STEPS:.2f} ms: {100 * busy / usual:.0f} % busy")
 
 
