@@ -2,13 +2,13 @@
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, ContextManager, Dict, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, ContextManager, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from modules.event_driven import kernel_layout
-from modules.implicit import BackwardSolver, attach_gradient
+from modules.implicit import Pass
 from modules.jacobian import TransposedJacobian
 from modules.simulation import Masks
 from modules.solvers import Anderson, Reading, Solution, iterate
@@ -21,22 +21,12 @@ WARM_UP_RUNS = 3
 MOST_GRAPHS = 6  # Each holds a pass's memory: a training batch, a test batch, the last, smaller one of either, and a few more.
 
 
-class Pass(NamedTuple):
-    """What a pass computes before the readout: the last layer's rate and, for its gradient, `mapped` = f(rate, θ) and Jᵀ."""
-
-    rate: Tensor
-    mapped: Optional[Tensor] = None
-    jacobian: Optional[TransposedJacobian] = None
-
-    def with_gradient(self, solver: BackwardSolver) -> Tensor:
-        return self.rate if self.mapped is None else attach_gradient(self.rate, self.mapped, self.jacobian, solver)
-
-
 class GraphedPasses:
     """`FeedbackSNN.run` on a CUDA device: a first call of a kind captures, later ones copy their input and masks in and replay.
 
     The graphs read the network's parameters and buffers where they lie. One set of memory serves all passes with a gradient, so while
-    one of them may still be propagated back through, another runs without a graph. So does what can't be captured.
+    one of them may still be propagated back through, another runs without a graph. So does what can't be captured, and a network with
+    hooks on its connections, which a graph would not call.
     """
 
     def __init__(self):
@@ -70,6 +60,8 @@ class GraphedPasses:
 
     def _graph(self, network: "FeedbackSNN", x: Tensor, masks: Masks, with_gradient: bool) -> "Optional[_Graph]":
         key = _kind(network, x, masks)
+        if key is None:
+            return None
         if key not in self._captured:
             if len(self._captured) >= MOST_GRAPHS:
                 self._captured.pop(next(iter(self._captured)))
@@ -239,13 +231,20 @@ class _Replayed(torch.autograd.Function):
         return None, None, None, None, *gradients
 
 
-def _kind(network: "FeedbackSNN", x: Tensor, masks: Masks) -> Tuple:
-    """Everything that a captured pass takes for granted."""
-    tensors = [*network.parameters(), *network.buffers()]
-    return (x.shape, x.dtype, x.device, tuple(mask.shape for mask in _each(masks)), network.training, network.time_steps, network.neuron,
+def _kind(network: "FeedbackSNN", x: Tensor, masks: Masks) -> Optional[Tuple]:
+    """Everything that a captured pass takes for granted; None where connections have hooks."""
+    modules = []
+    for module in network.modules():
+        if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks) \
+                and module not in (network, network.readout):
+            return None
+        tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+        modules.append((module.training, getattr(module, "momentum", None), getattr(module, "eps", None),
+                        *((tensor.data_ptr(), tensor.requires_grad) for tensor in tensors)))
+    return (x.shape, x.dtype, x.device, tuple(mask.shape for mask in _each(masks)), tuple(modules), network.time_steps, network.neuron,
             network.jacobian_bn, network.bf16_products, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled(),
-            tuple(tensor.data_ptr() for tensor in tensors), tuple(tensor.requires_grad for tensor in tensors))
+            torch.is_autocast_enabled("cuda"), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
+            torch.are_deterministic_algorithms_enabled())
 
 
 def _capturing(graph: "torch.cuda.CUDAGraph", pool: Any) -> ContextManager[None]:

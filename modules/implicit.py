@@ -4,7 +4,7 @@ At a = f(a, θ) the loss's gradient g = ∂L/∂a reaches the parameters as vᵀ
 """
 
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -86,6 +86,17 @@ class _ImplicitGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return None, ctx.solver(ctx.vjp, gradient), None, None
+
+
+class Pass(NamedTuple):
+    """What a pass through a network computes before the readout: the last layer's rate and, for its gradient, `mapped` = f(rate, θ) and Jᵀ."""
+
+    rate: Tensor
+    mapped: Optional[Tensor] = None
+    jacobian: Optional[TransposedJacobian] = None
+
+    def with_gradient(self, solver: BackwardSolver) -> Tensor:
+        return self.rate if self.mapped is None else attach_gradient(self.rate, self.mapped, self.jacobian, solver)
 
 
 def autograd_vjp(map: Callable[[Tensor], Tensor], point: Tensor) -> Callable[[Tensor], Tensor]:

@@ -10,8 +10,8 @@ from modules.connection import Connection
 from modules.dropout import dropout_mask, masked
 from modules.event_driven import kernel_layout
 from modules.feedback import Feedback
-from modules.graphed import GraphedPasses, Pass
-from modules.implicit import BackwardSolver
+from modules.graphed import GraphedPasses
+from modules.implicit import BackwardSolver, Pass
 from modules.jacobian import Link, TransposedJacobian
 from modules.neuron import Fire, Neuron, rate_weights
 from modules.simulation import EventInput, Loop, Masks, Observer, StaticInput, Synapses, simulate
@@ -66,15 +66,16 @@ class FeedbackSNN(nn.Module):
     def forward(self, x: Tensor, observe: Optional[Observer] = None) -> Tensor:
         """Logits (batch, classes). `observe` is passed on to the simulation."""
         self._check_input(x)
-        masks = self._draw_masks(x)
-        if x.is_cuda and self.uses_graphs and observe is None and not self._unrolled:
-            rate = self._graphed(self, x, masks)
-        else:
-            passed = self.run(x, masks, observe)
-            self.measure(passed)
-            rate = passed.with_gradient(self.solver)
-        with self._rounded_products(x):
-            return self.readout(rate.flatten(1)).to(rate.dtype)
+        with torch.cuda.device_of(x):
+            masks = self._draw_masks(x)
+            if x.is_cuda and self.uses_graphs and observe is None and not self._unrolled:
+                rate = self._graphed(self, x, masks)
+            else:
+                passed = self.run(x, masks, observe)
+                self.measure(passed)
+                rate = passed.with_gradient(self.solver)
+            with self._rounded_products(x):
+                return self.readout(rate.flatten(1)).to(rate.dtype)
 
     def run(self, x: Tensor, masks: Masks, observe: Optional[Observer] = None) -> Pass:
         """Simulate T steps under the given dropout masks and, when gradients are enabled, evaluate what the gradient needs.

@@ -96,12 +96,12 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 class SpikingLayer:
     """One layer during a simulation: its state, advanced in place step by step, and, if wanted, its firing rate.
 
-    After T steps `rate()` is Σ_t λ^(T−1−t) s(t) / Σ_t λ^(T−1−t), of the layer's shape (batch, …). Where the C kernels serve, `fired`
-    is the fraction of neurons that spiked in the last step.
+    The spikes go to the synapses `after`. After T steps `rate()` is Σ_t λ^(T−1−t) s(t) / Σ_t λ^(T−1−t), of the layer's shape (batch, …).
+    Where the C kernels serve, `fired` is the fraction of neurons that spiked in the last step.
     """
 
     def __init__(self, shape: Sequence[int], like: Tensor, neuron: Neuron, with_rate: bool = False,
-                 spike_dtype: Optional[torch.dtype] = None):
+                 after: Optional[Synapses] = None):
         self.neuron, self.steps, self.fired = neuron, 0, 0.0
         self.native = neuron.has_kernels and native.serves(like)
         self.triton = gpu.kernels_for(like) if neuron.has_kernels else None
@@ -109,8 +109,8 @@ class SpikingLayer:
         empty = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
         self.potential, self.spikes = resting_state(empty)
         self.total = torch.zeros_like(self.spikes) if with_rate else None
-        if self.triton:  # Written by the kernel in the dtype of the next product; the membrane is float32 all the same.
-            self.spikes = self.spikes.to(spike_dtype)
+        if self.triton and after:  # Written by the kernel in the dtype of the next product; the membrane is float32 all the same.
+            self.spikes = self.spikes.to(after.spike_dtype)
 
     def step(self, current: Optional[Tensor], synapses: Optional[Synapses] = None, source: Optional["SpikingLayer"] = None,
              mask: Optional[Tensor] = None) -> None:
@@ -243,7 +243,7 @@ def _simulate_layer(loop: Loop, input: StaticInput, time_steps: int) -> Optional
 
 def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: int, observe: Optional[Observer]) -> Tensor:
     last = len(loop.shapes) - 1
-    layers = [SpikingLayer((len(input), *shape), loop.feedback.weight, loop.neuron, layer == last, after.spike_dtype)
+    layers = [SpikingLayer((len(input), *shape), loop.feedback.weight, loop.neuron, layer == last, after)
               for layer, (shape, after) in enumerate(zip(loop.shapes, [*loop.hidden, loop.feedback]))]
     if layers[0].triton and observe is None:
         loop = _masks_folded(loop, layers)

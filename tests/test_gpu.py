@@ -1,4 +1,4 @@
-"""What runs on a CUDA device only, against the CPU; and its Triton kernel in Triton's interpreter, where that is installed."""
+"""What runs on a CUDA device only, against the CPU; and its Triton kernels in Triton's interpreter, where that is installed."""
 
 import copy
 import importlib.util
@@ -13,9 +13,11 @@ import torch.nn.functional as F
 
 from modules.dropout import random_draws
 from modules.graphed import GraphedPasses
+from modules.implicit import BackwardSolver
 from modules.linear_map import LinearMap
 from modules.neuron import NeuronState, make_neuron, neuron_step, resting_state
 from modules.solvers import Anderson
+from modules.zoo import alexnet_f
 from tests.networks import KINDS, explicit_masks, small_network
 
 # Where the Makefile puts Triton beside a CPU build of PyTorch.
@@ -134,6 +136,44 @@ def compare_anderson_weights_with_pytorch(device):
         torch.testing.assert_close(gram.cpu(), expected)
 
 
+def compare_a_training_step_with_pytorch(device):
+    """A multi-layer network wide enough for the convolution kernel, its dropout folded into potentials and weights."""
+    from modules import gpu, triton_kernels
+    torch.manual_seed(0)
+    network = alexnet_f((32, 32, 64, 32, 32), size=8, classes=4, neuron=make_neuron(2.0, 0.9), time_steps=3, dropout=0.3,
+                        solver=BackwardSolver(tol=1e-6, max_iterations=100)).to(device)
+    with torch.no_grad():
+        for connection in (network.input, *network.hidden):
+            connection.norm.bias.uniform_(0.5, 1.0)
+    x, masks = torch.randn(5, 3, 8, 8, device=device), [mask.float().to(device) for mask in explicit_masks(network)]
+    results, calls, step = [], [], triton_kernels.convolution_step
+
+    def counted(packed, x, *rest):
+        calls.append(packed)
+        if device == "cpu":  # The interpreter has no bfloat16 products.
+            packed, x = packed._replace(pieces=packed.pieces.float()), x.float()
+        step(packed, x, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_kernels, "convolution_step", counted)
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        for kernels in (lambda tensor: None, lambda tensor: triton_kernels if tensor.dtype == torch.float32 else None):
+            patch.setattr(gpu, "kernels_for", kernels)
+            own = copy.deepcopy(network)
+            own.uses_graphs = False
+            explicit_masks(own, masks)
+            logits = own(x)
+            logits.square().sum().backward()
+            # What precedes a batch norm has no gradient in its bias, only rounding.
+            gradients = {name: parameter.grad for name, parameter in own.named_parameters() if not name.endswith("linear.bias")}
+            results.append((logits.detach(), gradients))
+    (logits, gradients), (from_kernels, kernels_gradients) = results
+    assert calls and logits.std() > 0.01
+    torch.testing.assert_close(from_kernels, logits, atol=1e-4, rtol=1e-3)
+    for name, gradient in gradients.items():
+        assert (kernels_gradients[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
+
+
 def compare_masks_with_pytorch(device):
     from modules.triton_kernels import keep_mask
     for shape in ((3, 7), (2, 5, 3, 3), (300, 400)):
@@ -146,6 +186,7 @@ def compare_masks_with_pytorch(device):
 
 COMPARISONS = {"neuron step": compare_neuron_step_with_pytorch, "bias per channel": compare_bias_per_channel_with_pytorch,
                "convolutions": compare_convolutions_with_pytorch, "rates at equilibrium": compare_equilibrium_rates_with_pytorch,
+               "training step": compare_a_training_step_with_pytorch,
                "Anderson's weights": compare_anderson_weights_with_pytorch, "dropout masks": compare_masks_with_pytorch}
 
 
@@ -156,7 +197,7 @@ COMPARISONS = {"neuron step": compare_neuron_step_with_pytorch, "bias per channe
 def test_triton_kernels_in_the_interpreter(name):
     code = f"from tests.test_gpu import COMPARISONS; COMPARISONS[{name!r}]('cpu')"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1],
-                   env={"TRITON_INTERPRET": "1", "PYTHONPATH": str(APART), "PATH": ""})
+                   env={"TRITON_INTERPRET": "1", "FEEDBACK_SNN_NATIVE": "0", "PYTHONPATH": str(APART), "PATH": ""})
 
 
 @needs_cuda
@@ -252,6 +293,16 @@ def test_a_gradient_whose_pass_was_overwritten_is_refused():
     network(0.5 * x)
     with pytest.raises(RuntimeError, match="a later pass has overwritten"):
         loss.backward()
+
+
+@needs_cuda
+def test_hooks_on_connections_are_called():
+    (network, _), x = graphed_and_not("multi-layer")
+    seen = []
+    network(x)
+    network.hidden[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    network(x)
+    assert seen
 
 
 @needs_cuda

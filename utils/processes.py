@@ -55,11 +55,11 @@ def silent_unless_first(errors_too: bool = False) -> Iterator[None]:
 @contextmanager
 def joined(device: torch.device, how_to_go_on: str) -> Iterator[None]:
     """Be one of the job's processes on `device`. Raises RunFailed, with `how_to_go_on`, where another process is lost."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not started_by_torchrun():
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     # When it is first imported, otherwise by an optimizer, this module takes the process group for default arguments and so keeps
     # it for ever (PyTorch 2.13). Here there is none yet.
     from torch.distributed.nn import functional  # noqa: F401
