@@ -1,8 +1,9 @@
-"""Finds the kernels of triton_kernels.py for tensors that they can work on."""
+"""What a CUDA device offers: the kernels of triton_kernels.py for the tensors that they can work on, and graphs."""
 
 import functools
+import warnings
 from types import ModuleType
-from typing import Optional
+from typing import Any, ContextManager, Optional
 
 import torch
 from torch import Tensor
@@ -21,3 +22,14 @@ def _kernels() -> Optional[ModuleType]:
         return triton_kernels
     except ImportError:
         return None
+
+
+def capturing(graph: "torch.cuda.CUDAGraph", pool: Any) -> ContextManager[None]:
+    """Kernels that are launched in the block become the graph's, which takes its memory from `pool`."""
+    # Other threads, such as those that watch over a job of several processes, may go on meanwhile.
+    return torch.cuda.graph(graph, pool, capture_error_mode="thread_local")
+
+
+def not_captured(what: str, error: RuntimeError) -> None:
+    """Warn that it goes without a graph."""
+    warnings.warn(f"{what} could not be captured in a CUDA graph ({error}), so that every kernel is launched by itself, which is slower")

@@ -1,17 +1,15 @@
 """A network's passes on a CUDA device, captured in CUDA graphs and replayed, so that none of their thousands of kernels costs host time."""
 
-import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, ContextManager, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from modules.event_driven import kernel_layout
+from modules.gpu import capturing, not_captured
+from modules.graphed_solve import GraphedJacobian
 from modules.implicit import Pass
-from modules.jacobian import TransposedJacobian
 from modules.simulation import Masks
-from modules.solvers import Anderson, Reading, Solution, iterate
 from modules.synchronised_norm import SynchronisedBatchNorm
 
 if TYPE_CHECKING:
@@ -75,7 +73,7 @@ class GraphedPasses:
         try:
             return _Graph(network, x, masks, with_gradient, pool)
         except RuntimeError as error:
-            return _not_captured("the network's passes", error)
+            return not_captured("the network's passes", error)
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> "GraphedPasses":
         return GraphedPasses()
@@ -110,18 +108,18 @@ class _Graph:
                     del passed
             torch.cuda.current_stream().wait_stream(aside)
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with _capturing(self.forward, pool):
+            with capturing(self.forward, pool):
                 self.passed = network.run(self.x, self.masks)
                 if with_gradient:
                     self.passed.jacobian.adjoints  # made in here, once for all products
             if with_gradient:
                 self.v = torch.zeros_like(self.passed.mapped)
-                with _capturing(self.backward, pool):
+                with capturing(self.backward, pool):
                     gradients = self._gradients(self.passed, self.v)
                     self.missing = [gradient is None for gradient in gradients]
                     self.gradients = torch.cat([gradient.reshape(-1) for gradient in gradients if gradient is not None])
                 # Nothing is left to do for what autograd has noted.
-                self.passed = self.passed._replace(mapped=self.passed.mapped.detach(), jacobian=_GraphedJacobian(self.passed.jacobian))
+                self.passed = self.passed._replace(mapped=self.passed.mapped.detach(), jacobian=GraphedJacobian(self.passed.jacobian))
         finally:
             with torch.no_grad():
                 for buffer, old in zip(buffers, before):
@@ -145,74 +143,6 @@ class _Graph:
             gradients.append(None if missing else kept[at:at + parameter.numel()].view(parameter.shape))
             at += 0 if missing else parameter.numel()
         return gradients
-
-
-class _GraphedJacobian(TransposedJacobian):
-    """A captured pass's Jᵀ, whose solve is captured too."""
-
-    def __init__(self, jacobian: TransposedJacobian):
-        self.links, self.adjoints, self._iteration, self._capturable = jacobian.links, jacobian.adjoints, None, True
-
-    @torch.no_grad()
-    def solve(self, gradient: Tensor, tol: float, max_iterations: int) -> Optional[Solution]:
-        if not self._capturable:
-            return None
-        try:
-            self._iteration = self._iteration or _GraphedIteration(self, gradient)
-            self._iteration.start(gradient)
-            return iterate(self._iteration, gradient, tol, max_iterations, ahead=True)
-        except RuntimeError as error:
-            self._capturable = False
-            return _not_captured("the backward solve", error)
-
-
-class _GraphedIteration:
-    """As modules.solvers.Iteration of v = g + Jᵀ v by Anderson's method, in graphs: one for visits, and one for each state of the memory."""
-
-    def __init__(self, jacobian: TransposedJacobian, gradient: Tensor):
-        self.pool = torch.cuda.graph_pool_handle()
-        self.gradient, self.x, self.at = (torch.empty_like(kernel_layout(gradient)) for _ in range(3))
-        self.scale, self.proposer, self.proposals = gradient.new_ones(()), Anderson(), {}
-        # Not in the graphs' memory, where another graph's intermediate results would overwrite what is remembered.
-        self.proposer.allocate(self.x)
-        self.start(gradient)
-        self._visit(jacobian)
-        self.proposer.propose(self.at, self.mapped, self.difference)  # What its libraries set up comes before the capture.
-        self.visits = torch.cuda.CUDAGraph()
-        with _capturing(self.visits, self.pool):
-            self._visit(jacobian)
-
-    def _visit(self, jacobian: TransposedJacobian) -> None:
-        self.at.copy_(self.x)
-        self.mapped = self.gradient + jacobian(self.at)
-        self.difference = self.mapped - self.at
-        self.residual = torch.linalg.vector_norm(self.difference) / self.scale
-
-    def start(self, gradient: Tensor) -> None:
-        self.gradient.copy_(gradient)
-        self.x.copy_(gradient)
-        norm = torch.linalg.vector_norm(gradient)
-        self.scale.copy_(torch.where(norm > 0, norm, torch.ones_like(norm)))
-        self.proposer.count = 0
-
-    def visit(self) -> Reading:
-        self.visits.replay()
-        return Reading(self.residual)
-
-    @property
-    def visited(self) -> Tensor:
-        return self.at.clone()
-
-    def propose(self) -> None:
-        count = self.proposer.count
-        state = count % Anderson.memory, min(count, Anderson.memory)
-        if state not in self.proposals:
-            graph = torch.cuda.CUDAGraph()
-            with _capturing(graph, self.pool):
-                self.x.copy_(self.proposer.propose(self.at, self.mapped, self.difference))
-            self.proposals[state] = graph
-        self.proposals[state].replay()
-        self.proposer.count = count + 1
 
 
 class _Replayed(torch.autograd.Function):
@@ -245,15 +175,6 @@ def _kind(network: "FeedbackSNN", x: Tensor, masks: Masks) -> Optional[Tuple]:
             network.jacobian_bn, network.bf16_products, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cuda"), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
             torch.are_deterministic_algorithms_enabled())
-
-
-def _capturing(graph: "torch.cuda.CUDAGraph", pool: Any) -> ContextManager[None]:
-    # Other threads, such as those that watch over a job of several processes, may go on meanwhile.
-    return torch.cuda.graph(graph, pool, capture_error_mode="thread_local")
-
-
-def _not_captured(what: str, error: RuntimeError) -> None:
-    warnings.warn(f"{what} could not be captured in a CUDA graph ({error}), so that every kernel is launched by itself, which is slower")
 
 
 def _each(masks: Masks) -> List[Tensor]:
