@@ -1,9 +1,9 @@
 """The implicit gradient against back-propagation through time, of the same networks: time, memory and accuracy over T.
 
-    python -m benchmarks.gradients [--steps 5 15 30 60] [--accuracy-steps 5 15 30 60] [--f64c5-accuracy-steps 5 15] [--turns 3]
+    python -m benchmarks.gradients [--steps 5 15 30 60] [--accuracy-steps 5 15 30 60] [--f64c5-accuracy-steps 5 15 30 60] [--turns 3]
 
 Steps: F400 on 128 images of Fashion-MNIST, F64C5 on 32 of MNIST; both gradients take turns on the same batch, each in a process of
-its own, so that its peak memory, Python and PyTorch included, is its own. Accuracy: each experiment's own recipe by its command line,
+its own, so that its peak memory, less what Python and PyTorch hold, is its own. Accuracy: each experiment's own recipe by its command line,
 two epochs on its first samples. Prints a Markdown table; writes rows into benchmarks/results/ and a plot into docs/figures/.
 """
 
@@ -128,7 +128,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--networks", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 15, 30, 60], help="values of T to time")
     parser.add_argument("--accuracy-steps", type=int, nargs="*", default=[5, 15, 30, 60], help="values of T to train F400 with")
-    parser.add_argument("--f64c5-accuracy-steps", type=int, nargs="*", default=[5, 15], help="the same for F64C5, which takes longer")
+    parser.add_argument("--f64c5-accuracy-steps", type=int, nargs="*", default=[5, 15, 30, 60], help="the same for F64C5, which takes longer")
     parser.add_argument("--turns", type=int, default=3, help="how often each step is timed")
     parser.add_argument("--surrogate", choices=tuple(SURROGATES), default="sigmoid")
     parser.add_argument("--path", default="./data", help="folder of the data sets")
