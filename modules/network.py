@@ -68,14 +68,16 @@ class FeedbackSNN(nn.Module):
         self._check_input(x)
         with torch.cuda.device_of(x):
             masks = self._draw_masks(x)
-            if x.is_cuda and self.uses_graphs and observe is None and not self._unrolled:
-                rate = self._graphed(self, x, masks)
-            else:
-                passed = self.run(x, masks, observe)
-                self.measure(passed)
-                rate = passed.with_gradient(self.solver)
+            graphed = x.is_cuda and self.uses_graphs and observe is None and not self._unrolled
+            rate = self._graphed(self, x, masks) if graphed else self.rate(x, masks, observe)
             with self._rounded_products(x):
                 return self.readout(rate.flatten(1)).to(rate.dtype)
+
+    def rate(self, x: Tensor, masks: Masks, observe: Optional[Observer] = None) -> Tensor:
+        """The last layer's firing rate, with its gradient if gradients are enabled, kernel by kernel."""
+        passed = self.run(x, masks, observe)
+        self.measure(passed)
+        return passed.with_gradient(self.solver)
 
     def run(self, x: Tensor, masks: Masks, observe: Optional[Observer] = None) -> Pass:
         """Simulate T steps under the given dropout masks and, when gradients are enabled, evaluate what the gradient needs.
