@@ -1,9 +1,10 @@
 """What a CUDA device offers: the kernels of triton_kernels.py for the tensors that they can work on, and graphs."""
 
+import contextlib
 import functools
 import warnings
 from types import ModuleType
-from typing import Any, ContextManager, Optional
+from typing import Any, ContextManager, Iterator, Optional
 
 import torch
 from torch import Tensor
@@ -33,3 +34,15 @@ def capturing(graph: "torch.cuda.CUDAGraph", pool: Any) -> ContextManager[None]:
 def not_captured(what: str, error: RuntimeError) -> None:
     """Warn that it goes without a graph."""
     warnings.warn(f"{what} could not be captured in a CUDA graph ({error}), so that every kernel is launched by itself, which is slower")
+
+
+@contextlib.contextmanager
+def tf32_products() -> Iterator[None]:
+    """Have float32 convolutions and matrix products in the block round their factors to tf32."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before

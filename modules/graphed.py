@@ -105,6 +105,7 @@ class _Graph:
                         self._gradients(passed, torch.zeros_like(passed.mapped))
                     del passed
             torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.empty_cache()  # The graphs take their memory from a pool of their own.
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with capturing(self.forward, pool):
                 self.passed = network.run(self.x, self.masks)

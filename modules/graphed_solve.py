@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from modules.event_driven import kernel_layout
-from modules.gpu import capturing, not_captured
+from modules.gpu import capturing, not_captured, tf32_products
 from modules.jacobian import TransposedJacobian
 from modules.solvers import Anderson, Reading, Solution, iterate
+
+# A residual that iterates of tf32 products still have, about, in float32.
+ROUGH_RESIDUAL = 5e-4
 
 
 class GraphedJacobian(TransposedJacobian):
@@ -24,43 +27,71 @@ class GraphedJacobian(TransposedJacobian):
         try:
             self._iteration = self._iteration or _GraphedIteration(self, gradient)
             self._iteration.start(gradient)
-            return iterate(self._iteration, gradient, tol, max_iterations, ahead=True)
+            run = refined if True in self._iteration.visits else iterate
+            return run(self._iteration, gradient, tol, max_iterations, ahead=True)
         except RuntimeError as error:
             self._capturable = False
             return not_captured("the backward solve", error)
 
 
+def refined(iteration: "_GraphedIteration", start: Tensor, tol: float, max_iterations: int, ahead: bool) -> Solution:
+    """As `iterate`, the first iterates by the iteration's `rough` products; the residual that counts is that of the others.
+
+    Float32 products take several times as long as tf32's, whose solution needs one of them, most often, to be known as good enough.
+    """
+    iteration.rough = True
+    rough = iterate(iteration, start, max(tol / 2, ROUGH_RESIDUAL), max_iterations - 1, ahead)
+    iteration.rough = False
+    iteration.go_on_from(rough.value)
+    solution = iterate(iteration, rough.value, tol, max_iterations - rough.iterations, ahead)
+    return solution._replace(iterations=rough.iterations + solution.iterations)
+
+
 class _GraphedIteration:
-    """As modules.solvers.Iteration of v = g + Jᵀ v by Anderson's method, in graphs: one for visits, and one for each state of the memory."""
+    """As modules.solvers.Iteration of v = g + Jᵀ v by Anderson's method, in graphs: one for visits, and one for each state of the memory.
+
+    Where products are float32, another graph's are tf32, for the visits while `rough` is set.
+    """
 
     def __init__(self, jacobian: TransposedJacobian, gradient: Tensor):
         self.pool = torch.cuda.graph_pool_handle()
-        self.gradient, self.x, self.at = (torch.empty_like(kernel_layout(gradient)) for _ in range(3))
-        self.scale, self.proposer, self.proposals = gradient.new_ones(()), Anderson(), {}
+        self.gradient, self.x, self.at, self.mapped, self.difference = (torch.empty_like(kernel_layout(gradient)) for _ in range(5))
+        self.scale, self.residual = gradient.new_ones(()), gradient.new_ones(())
+        self.proposer, self.proposals, self.visits, self.rough = Anderson(), {}, {}, False
         # Not in the graphs' memory, where another graph's intermediate results would overwrite what is remembered.
         self.proposer.allocate(self.x)
         self.start(gradient)
-        self._visit(jacobian)
+        self.visits[False] = self._captured_visit(jacobian)
+        if not torch.backends.cudnn.allow_tf32:
+            with tf32_products():
+                self.visits[True] = self._captured_visit(jacobian)
         self.proposer.propose(self.at, self.mapped, self.difference)  # What its libraries set up comes before the capture.
-        self.visits = torch.cuda.CUDAGraph()
-        with capturing(self.visits, self.pool):
+
+    def _captured_visit(self, jacobian: TransposedJacobian) -> "torch.cuda.CUDAGraph":
+        self._visit(jacobian)
+        graph = torch.cuda.CUDAGraph()
+        with capturing(graph, self.pool):
             self._visit(jacobian)
+        return graph
 
     def _visit(self, jacobian: TransposedJacobian) -> None:
         self.at.copy_(self.x)
-        self.mapped = self.gradient + jacobian(self.at)
-        self.difference = self.mapped - self.at
-        self.residual = torch.linalg.vector_norm(self.difference) / self.scale
+        torch.add(self.gradient, jacobian(self.at), out=self.mapped)
+        torch.sub(self.mapped, self.at, out=self.difference)
+        torch.div(torch.linalg.vector_norm(self.difference), self.scale, out=self.residual)
 
     def start(self, gradient: Tensor) -> None:
         self.gradient.copy_(gradient)
-        self.x.copy_(gradient)
+        self.go_on_from(gradient)
         norm = torch.linalg.vector_norm(gradient)
         self.scale.copy_(torch.where(norm > 0, norm, torch.ones_like(norm)))
+
+    def go_on_from(self, x: Tensor) -> None:
+        self.x.copy_(x)
         self.proposer.count = 0
 
     def visit(self) -> Reading:
-        self.visits.replay()
+        self.visits[self.rough].replay()
         return Reading(self.residual)
 
     @property

@@ -58,7 +58,7 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.pack_rows.restype = None
     kernels.keep_mask.argtypes = [ctypes.c_uint64, pointer, size, ctypes.c_int, real]
     kernels.keep_mask.restype = None
-    kernels.saturate.argtypes = [pointer] * 3 + [size, real]
+    kernels.saturate.argtypes = [pointer] * 4 + [size, real]
     kernels.saturate.restype = None
     kernels.power_iteration.argtypes = [pointer] * 5 + [size] * 2
     kernels.normalised_backward.argtypes = [pointer] * 4 + [real] * 2 + [pointer] * 3 + [size] * 2
@@ -147,11 +147,13 @@ def keep_mask(seed: int, count: int, least: int, scale: float) -> Tensor:
     return mask
 
 
-def saturate(drive: Tensor, threshold: float) -> Tuple[Tensor, Tensor]:
+def saturate(drive: Tensor, mask: Optional[Tensor], threshold: float) -> Tuple[Tensor, Tensor]:
     """`modules.neuron.equilibrium_rate`'s value and slope, in one pass."""
     drive = _dense(drive)
+    if mask is not None and mask.stride() != drive.stride():
+        mask = torch.empty_like(drive).copy_(mask)
     rate, slope = torch.empty_like(drive), torch.empty_like(drive)
-    library().saturate(drive.data_ptr(), rate.data_ptr(), slope.data_ptr(), drive.numel(), threshold)
+    library().saturate(*map(_pointer, (drive, mask, rate, slope)), drive.numel(), threshold)
     return rate, slope
 
 

@@ -117,7 +117,7 @@ class FeedbackSNN(nn.Module):
         """The rates of all layers on the lap of `equilibrium_map`, whose value is the last of them."""
         rates = [self.neuron.equilibrium(self.feedback(current, rate, weight, masks.feedback))[0]]
         for connection, mask in zip(self.hidden, masks.hidden or [None] * len(self.hidden)):
-            rates.append(self.neuron.equilibrium(connection(rates[-1], mask))[0])
+            rates.append(self.neuron.masked_equilibrium(connection(rates[-1]), mask)[0])
         return rates
 
     def _equilibrium(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks,
@@ -150,8 +150,8 @@ class FeedbackSNN(nn.Module):
         links = [Link(self.feedback.map, weight, rate.shape[1:], masked(slope, masks.feedback))]
         for connection, mask in zip(self.hidden, masks.hidden or [None] * len(self.hidden)):
             drive, link = connection.linearised(layer_rate, training)
-            layer_rate, slope = self.neuron.equilibrium(masked(drive, mask))
-            links.append(link._replace(gain=masked(slope, mask)))
+            layer_rate, gain = self.neuron.masked_equilibrium(drive, mask)
+            links.append(link._replace(gain=gain))
         return TransposedJacobian(links)
 
     def _unroll(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor, masks: Masks,

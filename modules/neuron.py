@@ -1,12 +1,13 @@
 """Integrate-and-fire neurons, with and without leak, as pure functions of (current, state)."""
 
 import functools
-from typing import Callable, NamedTuple, Tuple
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from modules import gpu, native
+from modules.dropout import masked
 
 # Spikes from membrane potentials and the threshold.
 Fire = Callable[[Tensor, float], Tensor]
@@ -38,6 +39,13 @@ class Neuron(NamedTuple):
     def equilibrium(self, drive: Tensor) -> Tuple[Tensor, Tensor]:
         """The rate that the neuron settles at under a constant current, differentiable, and its slope in the current, which is not."""
         return equilibrium_rate(drive, self)
+
+    def masked_equilibrium(self, drive: Tensor, mask: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+        """`equilibrium` under the current mask · drive, and its slope in the drive; a mask of None is all 1."""
+        if self.has_kernels:
+            return equilibrium_rate(drive, self, mask)
+        rate, slope = self.equilibrium(masked(drive, mask))
+        return rate, masked(slope, mask)
 
 
 class NeuronState(NamedTuple):
@@ -81,29 +89,30 @@ def neuron_step(current: Tensor, state: NeuronState, neuron: Neuron, fire: Fire 
 
 class _Saturate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, drive, threshold):
+    def forward(ctx, drive, mask, threshold):
         kernels = native if native.serves(drive) else gpu.kernels_for(drive)
         if kernels:
-            rate, slope = kernels.saturate(drive, threshold)
+            rate, slope = kernels.saturate(drive, mask, threshold)
         else:
-            scaled = drive / threshold
+            scaled = masked(drive, mask) / threshold
             rate = scaled.clamp(0, 1)
-            slope = torch.eq(rate, scaled, out=torch.empty_like(rate)).div_(threshold)
+            slope = masked(torch.eq(rate, scaled, out=torch.empty_like(rate)).div_(threshold), mask)
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(slope)
         return rate, slope
 
     @staticmethod
     def backward(ctx, gradient, _):
-        return gradient * ctx.saved_tensors[0], None
+        return gradient * ctx.saved_tensors[0], None, None
 
 
-def equilibrium_rate(drive: Tensor, neuron: Neuron) -> Tuple[Tensor, Tensor]:
-    """The rate that a neuron settles at under a constant current, clamp(drive / V_th, 0, 1), and its slope in the current.
+def equilibrium_rate(drive: Tensor, neuron: Neuron, mask: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+    """The rate that a neuron settles at under a constant current, clamp(mask · drive / V_th, 0, 1), and its slope in the drive.
 
-    Both have the shape and dtype of `drive`; the rate is differentiable, the slope (1/V_th or 0) is not.
+    Both have the shape and dtype of `drive`, as has the mask (1 where it is None); the rate is differentiable, the slope (mask/V_th or 0)
+    is not.
     """
-    return _Saturate.apply(drive, neuron.threshold)
+    return _Saturate.apply(drive, mask, neuron.threshold)
 
 
 @functools.lru_cache(maxsize=None)

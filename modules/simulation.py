@@ -55,14 +55,16 @@ class Synapses:
     @functools.cached_property
     def convolution(self) -> Optional[NamedTuple]:
         """The map packed for the Triton kernel that computes its product and the neurons' update together; None where that can't serve."""
-        kernels, dtype = gpu.kernels_for(self.weight), product_dtype(self.weight)
-        pieces = 1 if dtype == torch.bfloat16 else 2 if torch.backends.cudnn.allow_tf32 else 3
-        return kernels.pack_convolution(self.map, self.weight, pieces) if kernels and not self.weight.requires_grad else None
+        kernels = gpu.kernels_for(self.weight)
+        if kernels is None or self.weight.requires_grad:
+            return None
+        rounded = product_dtype(self.weight) == torch.bfloat16 or torch.backends.cudnn.allow_tf32
+        return kernels.pack_convolution(self.map, self.weight, digits=2 if rounded else 3)
 
     @property
     def spike_dtype(self) -> torch.dtype:
         """The dtype in which the map takes spikes on a GPU."""
-        return torch.bfloat16 if self.convolution else product_dtype(self.weight)
+        return torch.int8 if self.convolution else product_dtype(self.weight)
 
     @functools.cached_property
     def _factor(self) -> Tensor:

@@ -52,17 +52,44 @@ def _neuron_step(synaptic, current, bias, mask, potential, spikes, total, n, thr
 
 
 @triton.jit
-def _convolution_step(x, weight, current, bias, mask, potential, spikes, total, batch, height, width, out_height, out_width, threshold,
-                      leak, IN: tl.constexpr, OUT: tl.constexpr, KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, STRIDE_Y: tl.constexpr,
-                      STRIDE_X: tl.constexpr, PADDING_Y: tl.constexpr, PADDING_X: tl.constexpr, TRANSPOSED: tl.constexpr,
-                      PIECES: tl.constexpr, HAS_CURRENT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-                      HAS_TOTAL: tl.constexpr, PIXELS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+def _products(x, digits, top, left, sample, real, channel, first_y, first_x, taps_y, taps_x, height, width, IN: tl.constexpr,
+              OUT: tl.constexpr, KERNEL_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, TRANSPOSED: tl.constexpr,
+              PIXELS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    """Sums over a window's taps and the input channels, (PIXELS, COLUMNS), of spikes with one digit of the weights."""
+    total = tl.zeros((PIXELS, COLUMNS), tl.int32)
+    for first in range(0, taps_y * taps_x * IN, DEPTH):
+        tap = (first + tl.arange(0, DEPTH)) // IN
+        depth = (first + tl.arange(0, DEPTH)) % IN
+        some = tap < taps_y * taps_x
+        tap_y = tap // taps_x
+        tap_x = tap % taps_x
+        if TRANSPOSED:
+            row = (first_y + tap_y * STRIDE_Y) * KERNEL_X + first_x + tap_x * STRIDE_X
+            tap_y = -tap_y
+            tap_x = -tap_x
+        else:
+            row = tap
+        source_y = top[:, None] + tap_y[None, :]
+        source_x = left[:, None] + tap_x[None, :]
+        inside = real[:, None] & some[None, :] & (source_y >= 0) & (source_y < height) & (source_x >= 0) & (source_x < width)
+        source = (sample[:, None] * height + source_y) * width + source_x
+        a = tl.load(x + source * IN + depth[None, :], inside, 0)
+        b = tl.load(digits + (row[:, None] * OUT + channel[None, :]) * IN + depth[:, None], some[:, None] & (channel < OUT)[None, :], 0)
+        total = tl.dot(a, b, total, out_dtype=tl.int32)
+    return total
+
+
+@triton.jit
+def _convolution_step(x, upper, lowest, scale, current, bias, mask, potential, spikes, total, batch, height, width, out_height, out_width,
+                      threshold, leak, IN: tl.constexpr, OUT: tl.constexpr, KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr,
+                      STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PADDING_Y: tl.constexpr, PADDING_X: tl.constexpr,
+                      TRANSPOSED: tl.constexpr, HAS_LOWEST: tl.constexpr, HAS_CURRENT: tl.constexpr, HAS_BIAS: tl.constexpr,
+                      HAS_MASK: tl.constexpr, HAS_TOTAL: tl.constexpr, PIXELS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     """A tile of PIXELS output positions by COLUMNS channels.
 
     A convolution's output (y, x) sees the inputs (y s − p + j, …) through the kernel's rows j. That of a transposed one sees
     ((y + p − k) / s, …) through the rows k ≡ y + p mod s; the positions of one remainder see the same rows, and are a program's.
     """
-    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     m = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     if TRANSPOSED:
         rest_y = tl.program_id(2) // STRIDE_X
@@ -76,6 +103,8 @@ def _convolution_step(x, weight, current, bias, mask, potential, spikes, total, 
     else:
         rows = out_height
         columns = out_width
+        first_y = 0
+        first_x = 0
         taps_y = KERNEL_Y
         taps_x = KERNEL_X
     sample = m // (rows * columns)
@@ -90,34 +119,18 @@ def _convolution_step(x, weight, current, bias, mask, potential, spikes, total, 
         top = y * STRIDE_Y - PADDING_Y
         left = x_ * STRIDE_X - PADDING_X
     real = sample < batch
-    k = tl.arange(0, DEPTH)
-    drive = tl.zeros((PIXELS, COLUMNS), tl.float32)
-    for step in range(taps_y * taps_x * (IN // DEPTH)):
-        tap = step // (IN // DEPTH)
-        depth = step % (IN // DEPTH) * DEPTH
-        tap_y = tap // taps_x
-        tap_x = tap % taps_x
-        if TRANSPOSED:
-            source_y = top - tap_y
-            source_x = left - tap_x
-            row = (first_y + tap_y * STRIDE_Y) * KERNEL_X + first_x + tap_x * STRIDE_X
-        else:
-            source_y = top + tap_y
-            source_x = left + tap_x
-            row = tap
-        inside = real & (source_y >= 0) & (source_y < height) & (source_x >= 0) & (source_x < width)
-        source = (sample * height + source_y) * width + source_x
-        a = tl.load(x + (source * IN + depth)[:, None] + k[None, :], inside[:, None], 0.0)
-        product = tl.zeros((PIXELS, COLUMNS), tl.float32)
-        for piece in tl.static_range(PIECES):
-            b = tl.load(weight + ((piece * KERNEL_Y * KERNEL_X + row) * IN + depth + k)[:, None] * OUT + channel[None, :],
-                        (channel < OUT)[None, :], 0.0)
-            if PIECES == 3:
-                product = tl.dot(a, b, product)
-            else:
-                drive = tl.dot(a, b, drive)
-        if PIECES == 3:  # Tensor cores sum up with truncation, so long sums are float32's own.
-            drive += product
+    # The two upper digits of a channel lie side by side, in the columns of one product.
+    pair = tl.program_id(0) * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
+    sums = _products(x, upper, top, left, sample, real, pair, first_y, first_x, taps_y, taps_x, height, width, IN, 2 * OUT, KERNEL_X,
+                     STRIDE_Y, STRIDE_X, TRANSPOSED, PIXELS, 2 * COLUMNS, DEPTH)
+    low, high = tl.split(sums.reshape(PIXELS, COLUMNS, 2))
+    drive = high.to(tl.float32) * 256 + low.to(tl.float32)
+    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    if HAS_LOWEST:
+        sums = _products(x, lowest, top, left, sample, real, channel, first_y, first_x, taps_y, taps_x, height, width, IN, OUT, KERNEL_X,
+                         STRIDE_Y, STRIDE_X, TRANSPOSED, PIXELS, COLUMNS, DEPTH)
+        drive = drive * 256 + sums.to(tl.float32)
+    drive *= tl.load(scale + channel, channel < OUT, 0.0)[None, :]
     if HAS_BIAS:
         drive += tl.load(bias + channel, channel < OUT, 0.0)[None, :]
     at = ((sample * out_height + y) * out_width + x_)[:, None] * OUT + channel[None, :]
@@ -126,13 +139,19 @@ def _convolution_step(x, weight, current, bias, mask, potential, spikes, total, 
 
 
 @triton.jit
-def _saturate(drive, rate, slope, n, threshold, BLOCK: tl.constexpr):
+def _saturate(drive, mask, rate, slope, n, threshold, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    scaled = tl.load(drive + at, at < n, 0.0) / threshold
+    scaled = tl.load(drive + at, at < n, 0.0)
+    steep = 1 / threshold
+    if HAS_MASK:
+        keep = tl.load(mask + at, at < n, 0.0)
+        scaled *= keep
+        steep *= keep
+    scaled /= threshold
     # What is not a number stays so.
     clamped = tl.where(scaled < 0, 0.0, tl.where(scaled > 1, 1.0, scaled))
     tl.store(rate + at, clamped, at < n)
-    tl.store(slope + at, tl.where(clamped == scaled, 1 / threshold, 0.0), at < n)
+    tl.store(slope + at, tl.where(clamped == scaled, steep, 0.0), at < n)
 
 
 @triton.jit
@@ -178,7 +197,7 @@ class State(NamedTuple):
     """A layer's membrane potential and, written only, its spikes; and Σ λ^(T−1−t) s(t) where that is wanted.
 
     All have the layer's shape (batch, …). Potentials must have been 0 at rest, −∞ for units that are to stay silent, or come from the kernels.
-    Potentials and sums are float32, spikes float32 or bfloat16.
+    Potentials and sums are float32, spikes float32, bfloat16 or int8.
     """
 
     potential: Tensor
@@ -199,52 +218,55 @@ def neuron_step(synaptic: Optional[Tensor], current: Optional[Tensor], bias: Opt
 
 
 class PackedConvolution(NamedTuple):
-    """A convolution, transposed or not, of spikes: its weight as bfloat16 pieces (pieces, kernel, kernel, in, out) that add up to it."""
+    """A convolution, transposed or not, of spikes, its weight in fixed point with a scale (out,) per output channel.
+
+    Its numbers are written to the base 256 with digits from −128 to 127, int8: the two `upper` ones of a weight lie side by side,
+    (kernel, kernel, out, 2, in), those of the next order apart, in `lowest` (kernel, kernel, out, 1, in) if there are three.
+    """
 
     map: LinearMap
-    pieces: Tensor
+    upper: Tensor
+    lowest: Optional[Tensor]
+    scale: Tensor
 
 
-def pack_convolution(map: LinearMap, weight: Tensor, pieces: int) -> Optional[PackedConvolution]:
-    """`map` with its float32 weight for `convolution_step`; None where that can't serve or is slower than cuDNN and `neuron_step`.
+def pack_convolution(map: LinearMap, weight: Tensor, digits: int) -> Optional[PackedConvolution]:
+    """`map` with its float32 weight in two or three digits for `convolution_step`; None where that can't serve.
 
-    Spikes are exact in bfloat16, so a weight in three pieces of 8 bits each gives float32 products at the rate of bfloat16 ones.
+    Spikes are exact in int8 and sums of products with them in int32, so three digits give float32's accuracy: a weight's error is
+    at most 2⁻²⁴ of the largest weight of its output channel, with two 2⁻¹⁶.
     """
     rows = weight if map.kind == "transposed" else weight.transpose(0, 1)
-    strided = map.kind == "convolutional" and map.stride != (1, 1)
-    if map.kind == "dense" or rows.shape[0] % 32 or strided and pieces < 3:
+    if map.kind == "dense" or rows.shape[0] % 32:
         return None
-    rest, found = rows.permute(2, 3, 0, 1), []
-    for _ in range(pieces):
-        found.append(rest.bfloat16())
-        rest = rest - found[-1].float()
-    return PackedConvolution(map, torch.stack(found).contiguous())
+    largest = 127 * (256**digits - 1) // 255  # that so many digits can write on both sides of 0
+    scale = rows.abs().amax((0, 2, 3)).double().clamp_min(torch.finfo(weight.dtype).tiny) / largest
+    fixed = (rows.permute(2, 3, 1, 0) / scale[:, None]).round_().int()
+    # With 128 added to every digit, these are the bytes; bit 7 takes the 128 away again.
+    written = (fixed + 0x808080).bitwise_xor_(0x808080).contiguous().view(torch.int8).unflatten(-1, (-1, 4)).movedim(-1, -2)
+    return PackedConvolution(map, written[..., digits - 2:digits, :].contiguous(), written[..., :1, :].contiguous() if digits == 3 else None,
+                             scale.float())
 
 
 def convolution_step(packed: PackedConvolution, x: Tensor, current: Optional[Tensor], bias: Optional[Tensor], mask: Optional[Tensor],
                      state: State, threshold: float, leak: float) -> None:
-    """`neuron_step` with the products of the packed convolution and the spikes x (batch, channels, height, width), bfloat16."""
+    """`neuron_step` with the products of the packed convolution and the spikes x (batch, channels, height, width), int8."""
     (batch, _, height, width), (out_height, out_width) = x.shape, state.potential.shape[2:]
-    map, (pieces, kernel_y, kernel_x, channels_in, channels_out) = packed.map, packed.pieces.shape
+    map, (kernel_y, kernel_x, channels_out, _, channels_in) = packed.map, packed.upper.shape
     transposed = map.kind == "transposed"
     stride = map.stride if transposed else (1, 1)
-    tiles, options = _tiles(channels_in, channels_out, pieces)
+    tiles, options = _tiles(channels_in, channels_out, packed.lowest is not None)
     pixels = batch * triton.cdiv(out_height, stride[0]) * triton.cdiv(out_width, stride[1])
-    given = [state.potential if tensor is None else tensor for tensor in (current, bias, mask, *state)]
+    given = [state.potential if tensor is None else tensor for tensor in (packed.lowest, packed.scale, current, bias, mask, *state)]
     grid = _blocks(channels_out, tiles[1]), _blocks(pixels, tiles[0]), stride[0] * stride[1]
-    _convolution_step[grid](x, packed.pieces, *given, batch, height, width, out_height, out_width, threshold, leak, channels_in, channels_out,
-                            kernel_y, kernel_x, *map.stride, *map.padding, transposed, pieces,
-                            *_are_there(current, bias, mask, state.total), *tiles, **options)
+    _convolution_step[grid](x, packed.upper, *given, batch, height, width, out_height, out_width, threshold, leak, channels_in, channels_out,
+                            kernel_y, kernel_x, *map.stride, *map.padding, transposed,
+                            *_are_there(packed.lowest, current, bias, mask, state.total), *tiles, **options)
 
 
-def _tiles(channels_in: int, channels_out: int, pieces: int) -> tuple:
-    """PIXELS, COLUMNS and DEPTH, and how many warps and pipeline stages: the fastest on an H200 for AlexNet-F and F64C5, or near it."""
-    depth = 64 if channels_in % 64 == 0 and pieces == 1 else 32
-    if pieces == 3 or channels_out <= 64:
-        return (64, 64, depth), dict(num_warps=4, num_stages=4)
-    if depth == 64 and channels_out > 128:
-        return (64, 256 if channels_out % 256 == 0 else 128, 64), dict(num_warps=8, num_stages=4)
-    return (64, 128, depth), dict(num_warps=4, num_stages=4)
+def _tiles(channels_in: int, channels_out: int, precise: bool) -> tuple:
+    """PIXELS, COLUMNS and DEPTH, and how many warps and pipeline stages."""
+    return (64, 64, 64), dict(num_warps=4, num_stages=4)
 
 
 def keep_mask(seed: int, shape: Sequence[int], drop: int, scale: float, device: torch.device) -> Tensor:
@@ -255,11 +277,11 @@ def keep_mask(seed: int, shape: Sequence[int], drop: int, scale: float, device: 
     return mask
 
 
-def saturate(drive: Tensor, threshold: float) -> Tuple[Tensor, Tensor]:
-    """clamp(drive / threshold, 0, 1) and its slope, 1/threshold or 0, of drive's shape and layout."""
-    drive = kernel_layout(drive)
+def saturate(drive: Tensor, mask: Optional[Tensor], threshold: float) -> Tuple[Tensor, Tensor]:
+    """clamp(mask · drive / threshold, 0, 1) and its slope in the drive, mask/threshold or 0, of drive's shape."""
+    drive, mask = kernel_layout(drive), None if mask is None else kernel_layout(mask)
     rate, slope, n = torch.empty_like(drive), torch.empty_like(drive), drive.numel()
-    _saturate[(_blocks(n, BLOCK),)](drive, rate, slope, n, threshold, BLOCK)
+    _saturate[(_blocks(n, BLOCK),)](drive, drive if mask is None else mask, rate, slope, n, threshold, mask is not None, BLOCK)
     return rate, slope
 
 
