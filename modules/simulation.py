@@ -52,19 +52,22 @@ class Synapses:
         """W s alone."""
         return self.map(spikes, self._factor)
 
-    @functools.cached_property
-    def convolution(self) -> Optional[NamedTuple]:
-        """The map packed for the Triton kernel that computes its product and the neurons' update together; None where that can't serve."""
+    @property
+    def convolves(self) -> bool:
+        """Whether a Triton kernel computes the map's product and the neurons' update together."""
         kernels = gpu.kernels_for(self.weight)
-        if kernels is None or self.weight.requires_grad:
-            return None
+        return kernels is not None and not self.weight.requires_grad and kernels.convolves(self.map, self.weight)
+
+    @functools.cached_property
+    def convolution(self) -> NamedTuple:
+        """The map packed for that kernel."""
         rounded = product_dtype(self.weight) == torch.bfloat16 or torch.backends.cudnn.allow_tf32
-        return kernels.pack_convolution(self.map, self.weight, digits=2 if rounded else 3)
+        return gpu.kernels_for(self.weight).pack_convolution(self.map, self.weight, digits=2 if rounded else 3)
 
     @property
     def spike_dtype(self) -> torch.dtype:
         """The dtype in which the map takes spikes on a GPU."""
-        return torch.int8 if self.convolution else product_dtype(self.weight)
+        return torch.int8 if self.convolves else product_dtype(self.weight)
 
     @functools.cached_property
     def _factor(self) -> Tensor:
@@ -145,7 +148,7 @@ class SpikingLayer:
         state = self.triton.State(self.potential, self.spikes, self.total)
         if synapses is None:
             self.triton.neuron_step(None, current, None, mask, state, *self.neuron)
-        elif synapses.convolution:
+        elif synapses.convolves:
             self.triton.convolution_step(synapses.convolution, source.spikes, current, synapses.bias, mask, state, *self.neuron)
         else:
             self.triton.neuron_step(kernel_layout(synapses.product(source.spikes)), current, synapses.bias, mask, state, *self.neuron)
@@ -263,9 +266,10 @@ def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: i
 
 
 def _masks_folded(loop: Loop, layers: List[SpikingLayer]) -> Loop:
-    """The same simulation without the hidden layers' masks, which need not be read at every step then.
+    """The same simulation without the hidden layers' masks, which need not be read at every step then, and with a shorter one of the feedback.
 
-    A unit that was dropped has no current, so it can as well be at −∞ from the start. What is kept has one scale, the mask's largest value.
+    What is kept has one scale, the mask's largest value, which goes into the weight. A unit of a hidden layer that was dropped has no
+    current, so it can as well be at −∞ from the start.
     """
     folded = []
     for layer, synapses, mask in zip(layers[1:], loop.hidden, loop.masks.hidden):
@@ -273,4 +277,7 @@ def _masks_folded(loop: Loop, layers: List[SpikingLayer]) -> Loop:
             layer.silence(mask)
             synapses = synapses.scaled(mask.amax())
         folded.append(synapses)
-    return loop._replace(hidden=folded, masks=loop.masks._replace(hidden=[None] * len(folded)))
+    feedback, mask = loop.feedback, loop.masks.feedback
+    if mask is not None:
+        feedback, mask = feedback.scaled(mask.amax()), mask.ne(0).to(torch.int8)
+    return loop._replace(hidden=folded, feedback=feedback, masks=Masks(loop.masks.input, [None] * len(folded), mask))

@@ -6,6 +6,7 @@ Tensors are dense and in the layout of `modules.event_driven.kernel_layout`, cha
 address modulo the number of channels.
 """
 
+import math
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -17,6 +18,15 @@ from modules.event_driven import kernel_layout
 from modules.linear_map import LinearMap
 
 BLOCK = 1024
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+@triton.jit
+def _after_the_kernel_before(OVERLAPPING: tl.constexpr):
+    """What follows waits for the kernel before, which a launch that overlaps does not; the next kernel may be launched meanwhile."""
+    if OVERLAPPING:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -24,7 +34,7 @@ def _advance(drive, at, there, current, mask, potential, spikes, total, threshol
              HAS_MASK: tl.constexpr, HAS_TOTAL: tl.constexpr):
     """One time step of the units at the addresses `at`, from their synaptic products `drive`."""
     if HAS_MASK:
-        drive *= tl.load(mask + at, there, 0.0)
+        drive *= tl.load(mask + at, there, 0).to(tl.float32)
     if HAS_CURRENT:
         drive = tl.load(current + at, there, 0.0) + drive
     u = tl.load(potential + at, there, 0.0)
@@ -40,9 +50,10 @@ def _advance(drive, at, there, current, mask, potential, spikes, total, threshol
 @triton.jit
 def _neuron_step(synaptic, current, bias, mask, potential, spikes, total, n, threshold, leak, CHANNELS: tl.constexpr,
                  HAS_SYNAPTIC: tl.constexpr, HAS_CURRENT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-                 HAS_TOTAL: tl.constexpr, BLOCK: tl.constexpr):
+                 HAS_TOTAL: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPING: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < n
+    _after_the_kernel_before(OVERLAPPING)
     drive = tl.zeros((BLOCK,), tl.float32)
     if HAS_SYNAPTIC:
         drive += tl.load(synaptic + at, there, 0.0).to(tl.float32)
@@ -84,7 +95,8 @@ def _convolution_step(x, upper, lowest, scale, current, bias, mask, potential, s
                       threshold, leak, IN: tl.constexpr, OUT: tl.constexpr, KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr,
                       STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PADDING_Y: tl.constexpr, PADDING_X: tl.constexpr,
                       TRANSPOSED: tl.constexpr, HAS_LOWEST: tl.constexpr, HAS_CURRENT: tl.constexpr, HAS_BIAS: tl.constexpr,
-                      HAS_MASK: tl.constexpr, HAS_TOTAL: tl.constexpr, PIXELS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+                      HAS_MASK: tl.constexpr, HAS_TOTAL: tl.constexpr, PIXELS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+                      OVERLAPPING: tl.constexpr):
     """A tile of PIXELS output positions by COLUMNS channels.
 
     A convolution's output (y, x) sees the inputs (y s − p + j, …) through the kernel's rows j. That of a transposed one sees
@@ -119,6 +131,7 @@ def _convolution_step(x, upper, lowest, scale, current, bias, mask, potential, s
         top = y * STRIDE_Y - PADDING_Y
         left = x_ * STRIDE_X - PADDING_X
     real = sample < batch
+    _after_the_kernel_before(OVERLAPPING)
     # The two upper digits of a channel lie side by side, in the columns of one product.
     pair = tl.program_id(0) * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
     sums = _products(x, upper, top, left, sample, real, pair, first_y, first_x, taps_y, taps_x, height, width, IN, 2 * OUT, KERNEL_X,
@@ -136,6 +149,25 @@ def _convolution_step(x, upper, lowest, scale, current, bias, mask, potential, s
     at = ((sample * out_height + y) * out_width + x_)[:, None] * OUT + channel[None, :]
     there = real[:, None] & (channel < OUT)[None, :]
     _advance(drive, at, there, current, mask, potential, spikes, total, threshold, leak, HAS_CURRENT, HAS_MASK, HAS_TOTAL)
+
+
+@triton.jit
+def _write_digits(rows, scale, upper, lowest, n, stride_in, stride_out, stride_y, stride_x, IN: tl.constexpr, OUT: tl.constexpr,
+                  KERNEL_X: tl.constexpr, HAS_LOWEST: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = at % IN
+    o = at // IN % OUT
+    tap = at // (IN * OUT)
+    weight = tl.load(rows + i * stride_in + o * stride_out + tap // KERNEL_X * stride_y + tap % KERNEL_X * stride_x, at < n, 0.0)
+    number = tl.floor(weight.to(tl.float64) / tl.load(scale + o, at < n, 1.0) + 0.5).to(tl.int32)
+    # With 128 added to every digit, these are the bytes; bit 7 takes the 128 away again.
+    written = (number + 0x808080) ^ 0x808080
+    if HAS_LOWEST:
+        tl.store(lowest + at, written.to(tl.int8), at < n)
+        written = written >> 8
+    low = (tap * OUT + o) * 2 * IN + i
+    tl.store(upper + low, written.to(tl.int8), at < n)
+    tl.store(upper + low + IN, (written >> 8).to(tl.int8), at < n)
 
 
 @triton.jit
@@ -209,12 +241,13 @@ def neuron_step(synaptic: Optional[Tensor], current: Optional[Tensor], bias: Opt
                 threshold: float, leak: float) -> None:
     """One time step in place: I = current + mask · (synaptic + bias), then `modules.neuron.neuron_step`, then total ← λ total + s.
 
-    `current` and `mask` are float32 of the layer's shape, as is `synaptic`, which may be bfloat16; `bias` is float32 (channels,).
+    `current` is float32 of the layer's shape, as are `mask`, which may be int8, and `synaptic`, which may be bfloat16; `bias` is float32
+    (channels,).
     """
     given = [state.potential if tensor is None else tensor for tensor in (synaptic, current, bias, mask, *state)]
     n = state.potential.numel()
     _neuron_step[(_blocks(n, BLOCK),)](*given, n, threshold, leak, state.potential.shape[1], synaptic is not None,
-                                       *_are_there(current, bias, mask, state.total), BLOCK)
+                                       *_are_there(current, bias, mask, state.total), BLOCK, **_launched(state.potential))
 
 
 class PackedConvolution(NamedTuple):
@@ -230,22 +263,25 @@ class PackedConvolution(NamedTuple):
     scale: Tensor
 
 
-def pack_convolution(map: LinearMap, weight: Tensor, digits: int) -> Optional[PackedConvolution]:
-    """`map` with its float32 weight in two or three digits for `convolution_step`; None where that can't serve.
+def convolves(map: LinearMap, weight: Tensor) -> bool:
+    """Whether `pack_convolution` and `convolution_step` can serve for this map."""
+    return map.kind != "dense" and weight.shape[0 if map.kind == "transposed" else 1] % 32 == 0
+
+
+def pack_convolution(map: LinearMap, weight: Tensor, digits: int) -> PackedConvolution:
+    """`map` with its float32 weight in two or three digits for `convolution_step`.
 
     Spikes are exact in int8 and sums of products with them in int32, so three digits give float32's accuracy: a weight's error is
-    at most 2⁻²⁴ of the largest weight of its output channel, with two 2⁻¹⁶.
+    about 2⁻²⁴ of the largest weight of its output channel at most, with two digits 2⁻¹⁶.
     """
     rows = weight if map.kind == "transposed" else weight.transpose(0, 1)
-    if map.kind == "dense" or rows.shape[0] % 32:
-        return None
+    channels_in, channels_out, *kernel = rows.shape
     largest = 127 * (256**digits - 1) // 255  # that so many digits can write on both sides of 0
-    scale = rows.abs().amax((0, 2, 3)).double().clamp_min(torch.finfo(weight.dtype).tiny) / largest
-    fixed = (rows.permute(2, 3, 1, 0) / scale[:, None]).round_().int()
-    # With 128 added to every digit, these are the bytes; bit 7 takes the 128 away again.
-    written = (fixed + 0x808080).bitwise_xor_(0x808080).contiguous().view(torch.int8).unflatten(-1, (-1, 4)).movedim(-1, -2)
-    return PackedConvolution(map, written[..., digits - 2:digits, :].contiguous(), written[..., :1, :].contiguous() if digits == 3 else None,
-                             scale.float())
+    scale = torch.linalg.vector_norm(rows, math.inf, dim=(0, 2, 3)).clamp_min(torch.finfo(weight.dtype).tiny).double() / largest
+    upper, lowest = (torch.empty((*kernel, channels_out, count, channels_in), dtype=torch.int8, device=weight.device) for count in (2, 1))
+    n = weight.numel()
+    _write_digits[(_blocks(n, BLOCK),)](rows, scale, upper, lowest, n, *rows.stride(), channels_in, channels_out, kernel[1], digits == 3, BLOCK)
+    return PackedConvolution(map, upper, lowest if digits == 3 else None, scale.float())
 
 
 def convolution_step(packed: PackedConvolution, x: Tensor, current: Optional[Tensor], bias: Optional[Tensor], mask: Optional[Tensor],
@@ -255,18 +291,24 @@ def convolution_step(packed: PackedConvolution, x: Tensor, current: Optional[Ten
     map, (kernel_y, kernel_x, channels_out, _, channels_in) = packed.map, packed.upper.shape
     transposed = map.kind == "transposed"
     stride = map.stride if transposed else (1, 1)
-    tiles, options = _tiles(channels_in, channels_out, packed.lowest is not None)
     pixels = batch * triton.cdiv(out_height, stride[0]) * triton.cdiv(out_width, stride[1])
+    tiles, options = _tiles(pixels, channels_out, packed.lowest is not None)
     given = [state.potential if tensor is None else tensor for tensor in (packed.lowest, packed.scale, current, bias, mask, *state)]
     grid = _blocks(channels_out, tiles[1]), _blocks(pixels, tiles[0]), stride[0] * stride[1]
     _convolution_step[grid](x, packed.upper, *given, batch, height, width, out_height, out_width, threshold, leak, channels_in, channels_out,
                             kernel_y, kernel_x, *map.stride, *map.padding, transposed,
-                            *_are_there(packed.lowest, current, bias, mask, state.total), *tiles, **options)
+                            *_are_there(packed.lowest, current, bias, mask, state.total), *tiles, **options, **_launched(state.potential))
 
 
-def _tiles(channels_in: int, channels_out: int, precise: bool) -> tuple:
-    """PIXELS, COLUMNS and DEPTH, and how many warps and pipeline stages."""
-    return (64, 64, 64), dict(num_warps=4, num_stages=4)
+def _tiles(pixels: int, channels_out: int, precise: bool) -> tuple:
+    """PIXELS, COLUMNS and DEPTH, and how many warps and pipeline stages: the fastest on an H200 for AlexNet-F and F64C5, or near it."""
+    if channels_out % 64:
+        return (128, 32, 128 if precise else 64), dict(num_warps=4, num_stages=3 if precise else 4)
+    if channels_out <= 64:
+        return (64, 64, 64), dict(num_warps=4, num_stages=4)
+    if triton.cdiv(pixels, 128) * triton.cdiv(channels_out, 128) <= MULTIPROCESSORS:
+        return (128, 128, 128), dict(num_warps=8, num_stages=3)
+    return (64 if precise else 128, 64, 128), dict(num_warps=4 if precise else 8, num_stages=3)
 
 
 def keep_mask(seed: int, shape: Sequence[int], drop: int, scale: float, device: torch.device) -> Tensor:
@@ -290,6 +332,12 @@ def anderson_weights(gram: Tensor, products: Tensor, slot: int, regularisation: 
     weights, memory = torch.empty_like(products), len(gram)
     _anderson_weights[(1,)](gram, products, weights, slot, len(products), regularisation, memory, triton.next_power_of_2(memory), num_warps=1)
     return weights
+
+
+def _launched(tensor: Tensor) -> dict:
+    """Options of a kernel that may be launched while the one before it still runs."""
+    overlapping = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+    return dict(OVERLAPPING=True, launch_pdl=True) if overlapping else dict(OVERLAPPING=False)
 
 
 def _blocks(n: int, size: int) -> int:
