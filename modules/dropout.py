@@ -1,7 +1,7 @@
 """Variational dropout: masks that hold for all time steps of a pass (method section 4)."""
 
 import math
-from typing import Optional, Sequence
+from typing import Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -9,23 +9,28 @@ from torch import Tensor
 from modules import gpu, native
 
 
-def dropout_mask(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
+def draw_seeds(count: int) -> Tensor:
+    """Seeds (count,) of masks, int64 of PyTorch's CPU generator."""
+    return torch.empty(count, dtype=torch.int64).random_(-2**63, None)
+
+
+def dropout_mask(shape: Sequence[int], p: float, like: Tensor, seed: Tensor) -> Tensor:
     """One variational mask, Bernoulli(1−p)/(1−p) for each output unit, to be used at every time step of a pass.
 
-    p is rounded to a multiple of 2⁻¹⁶, with which the mask's mean is exactly 1. The mask follows from one number of PyTorch's CPU
-    generator, and is the same on every device, where its layout may be channels last.
+    p is rounded to a multiple of 2⁻¹⁶, with which the mask's mean is exactly 1. The mask follows from the `seed`, int64 (), and is the
+    same on every device, where its layout may be channels last. On a GPU the seed should lie there too, as it is not read on the host.
     """
     drop, count = round(p * 65536), math.prod(shape)
-    seed, scale = torch.empty((), dtype=torch.int64).random_(-2**63, None).item(), 65536 / (65536 - drop)
+    scale = 65536 / (65536 - drop)
     if native.serves(like):
-        return native.keep_mask(seed, count, drop - 32768, scale).view(shape)
+        return native.keep_mask(seed.item(), count, drop - 32768, scale).view(shape)
     kernels = gpu.kernels_for(like)
     if kernels:
-        return kernels.keep_mask(seed, shape, drop, scale, like.device)
+        return kernels.keep_mask(seed, shape, drop, scale)
     return random_draws(seed, count, like.device).to(like.dtype).ge_(drop - 32768).mul_(scale).view(shape)
 
 
-def random_draws(seed: int, count: int, device: torch.device) -> Tensor:
+def random_draws(seed: Union[int, Tensor], count: int, device: torch.device) -> Tensor:
     """Uniform int16 numbers (count,), four from each 64-bit word of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     # int64 products wrap as unsigned ones do; a shift fills with the sign, which has to be masked away.
     words = torch.arange(1, -(-count // 4) + 1, device=device).mul_(_signed(0x9E3779B97F4A7C15)).add_(seed)

@@ -45,7 +45,7 @@ class _SpectralNormalise(torch.autograd.Function):
             gradient_w, along = native.normalised_backward(gradient.contiguous(), w.contiguous(), u, v, scale.item(), sigma.item())
             return gradient_w, along * unclamped, None, None, None
         along = torch.dot(gradient.flatten(), w.flatten()) / sigma
-        gradient_w = (gradient * scale).flatten(1).addr_(u * (along * scale), v, alpha=-1)
+        gradient_w = (gradient * scale).flatten(1).addcmul_((u * (along * scale))[:, None], v, value=-1)  # addr_ is slow on a GPU
         return gradient_w.view_as(w), along * unclamped, None, None, None
 
 

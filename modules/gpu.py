@@ -9,10 +9,14 @@ from typing import Any, ContextManager, Iterator, Optional
 import torch
 from torch import Tensor
 
+OLDEST = (8, 0)  # compute capability for which the kernels are made
+
 
 def kernels_for(tensor: Tensor) -> Optional[ModuleType]:
     """The module triton_kernels, if the layers whose state is like this tensor can be computed by it, else None."""
-    return _kernels() if tensor.is_cuda and tensor.dtype == torch.float32 else None
+    if not tensor.is_cuda or tensor.dtype != torch.float32 or torch.cuda.get_device_capability(tensor.device) < OLDEST:
+        return None
+    return _kernels()
 
 
 @functools.lru_cache(maxsize=None)

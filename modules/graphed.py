@@ -9,7 +9,6 @@ from torch import Tensor
 from modules.gpu import capturing, not_captured
 from modules.graphed_solve import GraphedJacobian
 from modules.implicit import Pass
-from modules.simulation import Masks
 from modules.synchronised_norm import SynchronisedBatchNorm
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ MOST_GRAPHS = 6  # Each holds a pass's memory: a training batch, a test batch, t
 
 
 class GraphedPasses:
-    """`FeedbackSNN.run` on a CUDA device: a first call of a kind captures, later ones copy their input and masks in and replay.
+    """`FeedbackSNN.rate` on a CUDA device: a first call of a kind captures, later ones copy their input and the masks' seeds in and replay.
 
     The graphs read the network's parameters and buffers where they lie. One set of memory serves all passes with a gradient, so while
     one of them may still be propagated back through, another runs without a graph. So does what can't be captured, and a network with
@@ -32,13 +31,13 @@ class GraphedPasses:
         self._latest: Optional["weakref.ref[_Turn]"] = None
         self._pools: Dict[bool, Any] = {}
 
-    def __call__(self, network: "FeedbackSNN", x: Tensor, masks: Masks) -> Tensor:
+    def __call__(self, network: "FeedbackSNN", x: Tensor) -> Tensor:
         """The last layer's rate, with its gradient if gradients are enabled."""
         with_gradient = torch.is_grad_enabled()
-        graph = None if with_gradient and self._busy else self._graph(network, x, masks, with_gradient)
+        graph = None if with_gradient and self._busy else self._graph(network, x, with_gradient)
         if graph is None:
-            return network.rate(x, masks)
-        graph.run(x, masks)
+            return network.rate(x, network.draw_masks(x))
+        graph.run(x, network.draw_seeds())
         network.measure(graph.passed)
         if not with_gradient:
             return graph.passed.rate.clone()
@@ -54,22 +53,22 @@ class GraphedPasses:
     def is_latest(self, turn: "_Turn") -> bool:
         return self._latest is not None and self._latest() is turn
 
-    def _graph(self, network: "FeedbackSNN", x: Tensor, masks: Masks, with_gradient: bool) -> "Optional[_Graph]":
-        key = _kind(network, x, masks)
+    def _graph(self, network: "FeedbackSNN", x: Tensor, with_gradient: bool) -> "Optional[_Graph]":
+        key = _kind(network, x)
         if key is None:
             return None
         if key not in self._captured:
             if len(self._captured) >= MOST_GRAPHS:
                 self._captured.pop(next(iter(self._captured)))
-            self._captured[key] = self._capture(network, x, masks, with_gradient)
+            self._captured[key] = self._capture(network, x, with_gradient)
         return self._captured[key]
 
-    def _capture(self, network: "FeedbackSNN", x: Tensor, masks: Masks, with_gradient: bool) -> "Optional[_Graph]":
+    def _capture(self, network: "FeedbackSNN", x: Tensor, with_gradient: bool) -> "Optional[_Graph]":
         if any(isinstance(module, SynchronisedBatchNorm) for module in network.modules()):
             return None  # Processes that exchange statistics do so without a graph.
         pool = self._pools.setdefault(with_gradient, torch.cuda.graph_pool_handle())
         try:
-            return _Graph(network, x, masks, with_gradient, pool)
+            return _Graph(network, x, with_gradient, pool)
         except RuntimeError as error:
             return not_captured("the network's passes", error)
 
@@ -89,8 +88,8 @@ class _Turn:
 class _Graph:
     """Passes of one kind: a graph of the forward pass and, with a gradient, one from v to the gradients of the parameters."""
 
-    def __init__(self, network: "FeedbackSNN", x: Tensor, masks: Masks, with_gradient: bool, pool: Any):
-        self.x, self.masks = x.clone(), Masks(*(_cloned(mask) for mask in masks))
+    def __init__(self, network: "FeedbackSNN", x: Tensor, with_gradient: bool, pool: Any):
+        self.x, self.seeds = x.clone(), network.draw_seeds().to(x.device)
         self.parameters = [parameter for name, parameter in network.named_parameters()
                            if with_gradient and parameter.requires_grad and not name.startswith("readout.")]
         buffers = list(network.buffers())
@@ -100,37 +99,42 @@ class _Graph:
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP_RUNS):
-                    passed = network.run(self.x, self.masks)
+                    passed = self._pass(network)
                     if with_gradient:
                         self._gradients(passed, torch.zeros_like(passed.mapped))
                     del passed
             torch.cuda.current_stream().wait_stream(aside)
-            torch.cuda.empty_cache()  # The graphs take their memory from a pool of their own.
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with capturing(self.forward, pool):
-                self.passed = network.run(self.x, self.masks)
+                self.passed = self._pass(network)
                 if with_gradient:
                     self.passed.jacobian.adjoints  # made in here, once for all products
             if with_gradient:
                 self.v = torch.zeros_like(self.passed.mapped)
+                jacobian = GraphedJacobian(self.passed.jacobian)
+                if network.solver.method == "anderson":
+                    # Here, as it may use again what the simulation does not need any more, but not what the backward pass will need.
+                    jacobian.capture(self.v, pool)
                 with capturing(self.backward, pool):
                     gradients = self._gradients(self.passed, self.v)
                     self.missing = [gradient is None for gradient in gradients]
                     self.gradients = torch.cat([gradient.reshape(-1) for gradient in gradients if gradient is not None])
                 # Nothing is left to do for what autograd has noted.
-                self.passed = self.passed._replace(mapped=self.passed.mapped.detach(), jacobian=GraphedJacobian(self.passed.jacobian))
+                self.passed = self.passed._replace(mapped=self.passed.mapped.detach(), jacobian=jacobian)
         finally:
             with torch.no_grad():
                 for buffer, old in zip(buffers, before):
                     buffer.copy_(old)
 
+    def _pass(self, network: "FeedbackSNN") -> Pass:
+        return network.run(self.x, network.draw_masks(self.x, self.seeds))
+
     def _gradients(self, passed: Pass, v: Tensor) -> List[Optional[Tensor]]:
         return torch.autograd.grad(passed.mapped, self.parameters, v, allow_unused=True)
 
-    def run(self, x: Tensor, masks: Masks) -> None:
+    def run(self, x: Tensor, seeds: Tensor) -> None:
         self.x.copy_(x)
-        for own, given in zip(_each(self.masks), _each(masks)):
-            own.copy_(given)
+        self.seeds.copy_(seeds)
         self.forward.replay()
 
     def propagate_back(self, v: Tensor) -> List[Optional[Tensor]]:
@@ -160,7 +164,7 @@ class _Replayed(torch.autograd.Function):
         return None, None, None, None, *gradients
 
 
-def _kind(network: "FeedbackSNN", x: Tensor, masks: Masks) -> Optional[Tuple]:
+def _kind(network: "FeedbackSNN", x: Tensor) -> Optional[Tuple]:
     """Everything that a captured pass takes for granted; None where connections have hooks."""
     modules = []
     for module in network.modules():
@@ -170,18 +174,7 @@ def _kind(network: "FeedbackSNN", x: Tensor, masks: Masks) -> Optional[Tuple]:
         tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
         modules.append((module.training, getattr(module, "momentum", None), getattr(module, "eps", None),
                         *((tensor.data_ptr(), tensor.requires_grad) for tensor in tensors)))
-    return (x.shape, x.dtype, x.device, tuple(mask.shape for mask in _each(masks)), tuple(modules), network.time_steps, network.neuron,
+    return (x.shape, x.dtype, x.device, tuple(modules), network.time_steps, network.dropout, network.neuron,
             network.jacobian_bn, network.bf16_products, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cuda"), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
             torch.are_deterministic_algorithms_enabled())
-
-
-def _each(masks: Masks) -> List[Tensor]:
-    return [mask for mask in (masks.input, *masks.hidden, masks.feedback) if mask is not None]
-
-
-def _cloned(value: Any) -> Any:
-    """A tensor, None, or a sequence of them."""
-    if value is None or isinstance(value, Tensor):
-        return None if value is None else value.clone()
-    return [_cloned(each) for each in value]

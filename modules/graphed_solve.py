@@ -1,6 +1,6 @@
 """The backward solve of a captured pass, in CUDA graphs of its own, as how many iterations it takes is known on the way only."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -18,29 +18,32 @@ class GraphedJacobian(TransposedJacobian):
     """A captured pass's Jᵀ, whose solve is captured too."""
 
     def __init__(self, jacobian: TransposedJacobian):
-        self.links, self.adjoints, self._iteration, self._capturable = jacobian.links, jacobian.adjoints, None, True
+        self.links, self.adjoints, self._iteration = jacobian.links, jacobian.adjoints, None
+
+    @torch.no_grad()
+    def capture(self, gradient: Tensor, pool: Any) -> None:
+        """Have later solves run in graphs for gradients like this one; `pool` is for what a product with Jᵀ takes for itself."""
+        try:
+            self._iteration = _GraphedIteration(self, gradient, pool)
+        except RuntimeError as error:
+            not_captured("the backward solve", error)
 
     @torch.no_grad()
     def solve(self, gradient: Tensor, tol: float, max_iterations: int) -> Optional[Solution]:
-        if not self._capturable:
+        if self._iteration is None:
             return None
-        try:
-            self._iteration = self._iteration or _GraphedIteration(self, gradient)
-            self._iteration.start(gradient)
-            run = refined if True in self._iteration.visits else iterate
-            return run(self._iteration, gradient, tol, max_iterations, ahead=True)
-        except RuntimeError as error:
-            self._capturable = False
-            return not_captured("the backward solve", error)
+        self._iteration.start(gradient)
+        run = refined if True in self._iteration.visits else iterate
+        return run(self._iteration, gradient, tol, max_iterations, ahead=True)
 
 
 def refined(iteration: "_GraphedIteration", start: Tensor, tol: float, max_iterations: int, ahead: bool) -> Solution:
-    """As `iterate`, the first iterates by the iteration's `rough` products; the residual that counts is that of the others.
+    """As `iterate`, with the iteration's `rough` products at first; the solution's residual is by the others.
 
-    Float32 products take several times as long as tf32's, whose solution needs one of them, most often, to be known as good enough.
+    Float32 products take several times as long as tf32's. Those lead to a solution that one of float32, most often, finds to be good enough.
     """
     iteration.rough = True
-    rough = iterate(iteration, start, max(tol / 2, ROUGH_RESIDUAL), max_iterations - 1, ahead)
+    rough = iterate(iteration, start, max(tol / 2, ROUGH_RESIDUAL), max_iterations // 2, ahead)
     iteration.rough = False
     iteration.go_on_from(rough.value)
     solution = iterate(iteration, rough.value, tol, max_iterations - rough.iterations, ahead)
@@ -53,24 +56,24 @@ class _GraphedIteration:
     Where products are float32, another graph's are tf32, for the visits while `rough` is set.
     """
 
-    def __init__(self, jacobian: TransposedJacobian, gradient: Tensor):
-        self.pool = torch.cuda.graph_pool_handle()
+    def __init__(self, jacobian: TransposedJacobian, gradient: Tensor, pool: Any):
         self.gradient, self.x, self.at, self.mapped, self.difference = (torch.empty_like(kernel_layout(gradient)) for _ in range(5))
         self.scale, self.residual = gradient.new_ones(()), gradient.new_ones(())
         self.proposer, self.proposals, self.visits, self.rough = Anderson(), {}, {}, False
         # Not in the graphs' memory, where another graph's intermediate results would overwrite what is remembered.
         self.proposer.allocate(self.x)
         self.start(gradient)
-        self.visits[False] = self._captured_visit(jacobian)
+        self.visits[False] = self._captured_visit(jacobian, pool)
         if not torch.backends.cudnn.allow_tf32:
             with tf32_products():
-                self.visits[True] = self._captured_visit(jacobian)
+                self.visits[True] = self._captured_visit(jacobian, pool)
         self.proposer.propose(self.at, self.mapped, self.difference)  # What its libraries set up comes before the capture.
+        self.pool = torch.cuda.graph_pool_handle()
 
-    def _captured_visit(self, jacobian: TransposedJacobian) -> "torch.cuda.CUDAGraph":
+    def _captured_visit(self, jacobian: TransposedJacobian, pool: Any) -> "torch.cuda.CUDAGraph":
         self._visit(jacobian)
         graph = torch.cuda.CUDAGraph()
-        with capturing(graph, self.pool):
+        with capturing(graph, pool):
             self._visit(jacobian)
         return graph
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from modules.bptt import unroll
 from modules.connection import Connection
-from modules.dropout import dropout_mask, masked
+from modules.dropout import draw_seeds, dropout_mask, masked
 from modules.event_driven import kernel_layout
 from modules.feedback import Feedback
 from modules.graphed import GraphedPasses
@@ -67,9 +67,8 @@ class FeedbackSNN(nn.Module):
         """Logits (batch, classes). `observe` is passed on to the simulation."""
         self._check_input(x)
         with torch.cuda.device_of(x):
-            masks = self._draw_masks(x)
             graphed = x.is_cuda and self.uses_graphs and observe is None and not self._unrolled
-            rate = self._graphed(self, x, masks) if graphed else self.rate(x, masks, observe)
+            rate = self._graphed(self, x) if graphed else self.rate(x, self.draw_masks(x), observe)
             with self._rounded_products(x):
                 return self.readout(rate.flatten(1)).to(rate.dtype)
 
@@ -182,13 +181,19 @@ class FeedbackSNN(nn.Module):
         weights = rate_weights(self.time_steps, self.neuron.leak, dtype=x.dtype, device=x.device)
         return torch.tensordot(weights, x, dims=1)
 
-    def _draw_masks(self, x: Tensor) -> Masks:
+    def draw_seeds(self) -> Tensor:
+        """For the dropout masks of one pass."""
+        return draw_seeds(len(self.layer_shapes) + 1)
+
+    def draw_masks(self, x: Tensor, seeds: Optional[Tensor] = None) -> Masks:
+        """The dropout masks of a pass with the input x, of `seeds` from `draw_seeds` on x's device, by default new ones."""
         if not self.training or self.dropout == 0:
             return Masks(None, [None] * len(self.hidden), None)
+        seeds = self.draw_seeds().to(x.device) if seeds is None else seeds
         batch = x.shape[1] if self.events else x.shape[0]
-        first, *others = [(batch, *shape) for shape in self.layer_shapes]
-        return Masks(dropout_mask(first, self.dropout, x), [dropout_mask(shape, self.dropout, x) for shape in others],
-                     dropout_mask(first, self.dropout, x))
+        first, *others, last = [dropout_mask((batch, *shape), self.dropout, x, seed)
+                                for shape, seed in zip([*self.layer_shapes, self.layer_shapes[0]], seeds)]
+        return Masks(first, others, last)
 
     def _check_input(self, x: Tensor) -> None:
         expected = (f"(T={self.time_steps}, batch" if self.events else "(batch") + "".join(f", {n}" for n in self.input_shape) + ")"

@@ -52,7 +52,7 @@ class Synapses:
         """W s alone."""
         return self.map(spikes, self._factor)
 
-    @property
+    @functools.cached_property
     def convolves(self) -> bool:
         """Whether a Triton kernel computes the map's product and the neurons' update together."""
         kernels = gpu.kernels_for(self.weight)
@@ -266,7 +266,7 @@ def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: i
 
 
 def _masks_folded(loop: Loop, layers: List[SpikingLayer]) -> Loop:
-    """The same simulation without the hidden layers' masks, which need not be read at every step then, and with a shorter one of the feedback.
+    """The same simulation without the hidden layers' masks, which need not be read at every step then, and the feedback's in int8.
 
     What is kept has one scale, the mask's largest value, which goes into the weight. A unit of a hidden layer that was dropped has no
     current, so it can as well be at −∞ from the start.

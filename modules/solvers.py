@@ -173,7 +173,7 @@ def solve(map: Callable[[Tensor], Tensor], start: Tensor, method: str = "anderso
 
 def iterate(iteration: Iteration, start: Tensor, tol: float, max_iterations: int, ahead: bool) -> Solution:
     """The decisions of `solve`."""
-    best = Solution(start, math.inf, 0, False)
+    best, count = Solution(start, math.inf, 0, False), 0
     for count in range(1, max_iterations + 1):
         reading = iteration.visit()
         if ahead:

@@ -18,15 +18,6 @@ from modules.event_driven import kernel_layout
 from modules.linear_map import LinearMap
 
 BLOCK = 1024
-MULTIPROCESSORS = 132  # of an H100 or H200
-
-
-@triton.jit
-def _after_the_kernel_before(OVERLAPPING: tl.constexpr):
-    """What follows waits for the kernel before, which a launch that overlaps does not; the next kernel may be launched meanwhile."""
-    if OVERLAPPING:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -50,10 +41,9 @@ def _advance(drive, at, there, current, mask, potential, spikes, total, threshol
 @triton.jit
 def _neuron_step(synaptic, current, bias, mask, potential, spikes, total, n, threshold, leak, CHANNELS: tl.constexpr,
                  HAS_SYNAPTIC: tl.constexpr, HAS_CURRENT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-                 HAS_TOTAL: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPING: tl.constexpr):
+                 HAS_TOTAL: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < n
-    _after_the_kernel_before(OVERLAPPING)
     drive = tl.zeros((BLOCK,), tl.float32)
     if HAS_SYNAPTIC:
         drive += tl.load(synaptic + at, there, 0.0).to(tl.float32)
@@ -95,8 +85,7 @@ def _convolution_step(x, upper, lowest, scale, current, bias, mask, potential, s
                       threshold, leak, IN: tl.constexpr, OUT: tl.constexpr, KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr,
                       STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PADDING_Y: tl.constexpr, PADDING_X: tl.constexpr,
                       TRANSPOSED: tl.constexpr, HAS_LOWEST: tl.constexpr, HAS_CURRENT: tl.constexpr, HAS_BIAS: tl.constexpr,
-                      HAS_MASK: tl.constexpr, HAS_TOTAL: tl.constexpr, PIXELS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-                      OVERLAPPING: tl.constexpr):
+                      HAS_MASK: tl.constexpr, HAS_TOTAL: tl.constexpr, PIXELS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     """A tile of PIXELS output positions by COLUMNS channels.
 
     A convolution's output (y, x) sees the inputs (y s − p + j, …) through the kernel's rows j. That of a transposed one sees
@@ -131,7 +120,6 @@ def _convolution_step(x, upper, lowest, scale, current, bias, mask, potential, s
         top = y * STRIDE_Y - PADDING_Y
         left = x_ * STRIDE_X - PADDING_X
     real = sample < batch
-    _after_the_kernel_before(OVERLAPPING)
     # The two upper digits of a channel lie side by side, in the columns of one product.
     pair = tl.program_id(0) * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
     sums = _products(x, upper, top, left, sample, real, pair, first_y, first_x, taps_y, taps_x, height, width, IN, 2 * OUT, KERNEL_X,
@@ -211,12 +199,12 @@ def _anderson_weights(gram, products, weights, slot, used, regularisation, MEMOR
 
 
 @triton.jit
-def _keep_mask(mask, n, seed: tl.int64, drop, scale, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr):
+def _keep_mask(mask, n, seed, drop, scale, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     # Units are numbered channel by channel, whatever their layout.
     within = at % (CHANNELS * POSITIONS)
     unit = at - within + within % CHANNELS * POSITIONS + within // CHANNELS
-    word = (unit // 4 + 1).to(tl.uint64) * 0x9E3779B97F4A7C15 + seed.to(tl.uint64)
+    word = (unit // 4 + 1).to(tl.uint64) * 0x9E3779B97F4A7C15 + tl.load(seed).to(tl.uint64)
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9
     word = (word ^ (word >> 27)) * 0x94D049BB133111EB
     word = word ^ (word >> 31)
@@ -247,7 +235,7 @@ def neuron_step(synaptic: Optional[Tensor], current: Optional[Tensor], bias: Opt
     given = [state.potential if tensor is None else tensor for tensor in (synaptic, current, bias, mask, *state)]
     n = state.potential.numel()
     _neuron_step[(_blocks(n, BLOCK),)](*given, n, threshold, leak, state.potential.shape[1], synaptic is not None,
-                                       *_are_there(current, bias, mask, state.total), BLOCK, **_launched(state.potential))
+                                       *_are_there(current, bias, mask, state.total), BLOCK)
 
 
 class PackedConvolution(NamedTuple):
@@ -280,7 +268,8 @@ def pack_convolution(map: LinearMap, weight: Tensor, digits: int) -> PackedConvo
     scale = torch.linalg.vector_norm(rows, math.inf, dim=(0, 2, 3)).clamp_min(torch.finfo(weight.dtype).tiny).double() / largest
     upper, lowest = (torch.empty((*kernel, channels_out, count, channels_in), dtype=torch.int8, device=weight.device) for count in (2, 1))
     n = weight.numel()
-    _write_digits[(_blocks(n, BLOCK),)](rows, scale, upper, lowest, n, *rows.stride(), channels_in, channels_out, kernel[1], digits == 3, BLOCK)
+    _write_digits[(_blocks(n, BLOCK),)](rows, scale, upper, lowest, n, *rows.stride(), channels_in, channels_out, kernel[1], digits == 3,
+                                        BLOCK)
     return PackedConvolution(map, upper, lowest if digits == 3 else None, scale.float())
 
 
@@ -292,28 +281,30 @@ def convolution_step(packed: PackedConvolution, x: Tensor, current: Optional[Ten
     transposed = map.kind == "transposed"
     stride = map.stride if transposed else (1, 1)
     pixels = batch * triton.cdiv(out_height, stride[0]) * triton.cdiv(out_width, stride[1])
-    tiles, options = _tiles(pixels, channels_out, packed.lowest is not None)
+    tiles, options = _tiles(channels_in, channels_out, not transposed and map.stride != (1, 1))
     given = [state.potential if tensor is None else tensor for tensor in (packed.lowest, packed.scale, current, bias, mask, *state)]
     grid = _blocks(channels_out, tiles[1]), _blocks(pixels, tiles[0]), stride[0] * stride[1]
     _convolution_step[grid](x, packed.upper, *given, batch, height, width, out_height, out_width, threshold, leak, channels_in, channels_out,
                             kernel_y, kernel_x, *map.stride, *map.padding, transposed,
-                            *_are_there(packed.lowest, current, bias, mask, state.total), *tiles, **options, **_launched(state.potential))
+                            *_are_there(packed.lowest, current, bias, mask, state.total), *tiles, **options)
 
 
-def _tiles(pixels: int, channels_out: int, precise: bool) -> tuple:
-    """PIXELS, COLUMNS and DEPTH, and how many warps and pipeline stages: the fastest on an H200 for AlexNet-F and F64C5, or near it."""
+def _tiles(channels_in: int, channels_out: int, strided: bool) -> tuple:
+    """PIXELS, COLUMNS and DEPTH, and how they are computed: the fastest on an H200 for AlexNet-F and F64C5, or near it."""
     if channels_out % 64:
-        return (128, 32, 128 if precise else 64), dict(num_warps=4, num_stages=3 if precise else 4)
-    if channels_out <= 64:
+        return (128, 32, 64), dict(num_warps=4, num_stages=3)
+    if channels_out == 64:
         return (64, 64, 64), dict(num_warps=4, num_stages=4)
-    if triton.cdiv(pixels, 128) * triton.cdiv(channels_out, 128) <= MULTIPROCESSORS:
-        return (128, 128, 128), dict(num_warps=8, num_stages=3)
-    return (64 if precise else 128, 64, 128), dict(num_warps=4 if precise else 8, num_stages=3)
+    if channels_in % 128:
+        return (128, 64, 64), dict(num_warps=4, num_stages=3)
+    if strided:
+        return (64, 64, 128), dict(num_warps=4, num_stages=3)
+    return (64, 64, 128), dict(num_warps=4, num_stages=2, **(dict(maxnreg=128) if torch.version.cuda else {}))
 
 
-def keep_mask(seed: int, shape: Sequence[int], drop: int, scale: float, device: torch.device) -> Tensor:
+def keep_mask(seed: Tensor, shape: Sequence[int], drop: int, scale: float) -> Tensor:
     """`scale` for the units of (batch, …) whose draw of 16 bits (`modules.dropout.random_draws`) is at least drop − 2¹⁵, 0 for the others."""
-    mask = torch.empty(tuple(shape), device=device, memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
+    mask = torch.empty(tuple(shape), device=seed.device, memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
     n = mask.numel()
     _keep_mask[(_blocks(n, BLOCK),)](mask, n, seed, drop, scale, shape[1], max(1, n // max(1, shape[0] * shape[1])), BLOCK)
     return mask
@@ -332,12 +323,6 @@ def anderson_weights(gram: Tensor, products: Tensor, slot: int, regularisation: 
     weights, memory = torch.empty_like(products), len(gram)
     _anderson_weights[(1,)](gram, products, weights, slot, len(products), regularisation, memory, triton.next_power_of_2(memory), num_warps=1)
     return weights
-
-
-def _launched(tensor: Tensor) -> dict:
-    """Options of a kernel that may be launched while the one before it still runs."""
-    overlapping = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
-    return dict(OVERLAPPING=True, launch_pdl=True) if overlapping else dict(OVERLAPPING=False)
 
 
 def _blocks(n: int, size: int) -> int:

@@ -39,5 +39,5 @@ def explicit_masks(network, masks=None):
     p = network.dropout if network.training else 0.0
     if masks is None:
         masks = [torch.rand(BATCH, *shape, dtype=torch.float64).ge(p).double() / (1 - p) for shape in shapes]
-    network._draw_masks = lambda x: Masks(masks[0], masks[1:-1], masks[-1])
+    network.draw_masks = lambda x, seeds=None: Masks(masks[0], masks[1:-1], masks[-1])
     return masks

@@ -116,7 +116,7 @@ def test_radius_in_fewer_steps_than_dimensions_says_how_good_it_is():
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_product_is_the_adjoint_of_the_transposed_one(kind):
     network, x = small_network(kind, dropout=0.3)
-    masks = network._draw_masks(x)
+    masks = network.draw_masks(x)
     with torch.no_grad():
         current, weight = network.input(network._mean_input(x), masks.input), network.feedback.normalised_weight()
         jacobian = network.transposed_jacobian(torch.rand(len(current), *network.layer_shapes[-1], dtype=x.dtype), current, weight, masks)

@@ -72,7 +72,7 @@ def test_the_new_solver_solves():
 def test_the_new_networks_jacobian_equals_autograds():
     network = new_network.network(3, channels=(2, 3), neuron=Neuron(0.8, 0.9), time_steps=4).double()
     x = torch.randn(2, 1, 28, 28, dtype=torch.float64)
-    masks = network._draw_masks(x)
+    masks = network.draw_masks(x)
     with torch.no_grad():
         current, weight = network.input(x), network.feedback.normalised_weight()
     point = torch.rand(2, *network.layer_shapes[-1], dtype=x.dtype)

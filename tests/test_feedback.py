@@ -70,7 +70,7 @@ def test_initial_filters_have_unit_norm_per_output_channel():
 
 @pytest.mark.parametrize("p", [0.2, 0.5])
 def test_dropout_mask_is_bernoulli_over_its_keep_probability(p):
-    mask = dropout_mask((500, 1001), p, torch.empty(0))
+    mask = dropout_mask((500, 1001), p, torch.empty(0), torch.tensor(1))
     assert mask.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-4)
     assert mask.mean().item() == pytest.approx(1, abs=4 * (p / (1 - p) / mask.numel()) ** 0.5)
     neighbours = torch.corrcoef(torch.stack([mask.flatten()[:-1], mask.flatten()[1:]]))[0, 1]

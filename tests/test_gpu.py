@@ -185,7 +185,7 @@ def compare_masks_with_pytorch(device):
         for seed in (1, -1, 2**63 - 1, -2**63, 12345678901234567):
             draws = random_draws(seed, math.prod(shape), torch.device("cpu"))
             expected = draws.float().ge_(drop - 32768).mul_(scale).view(shape)
-            assert torch.equal(keep_mask(seed, shape, drop, scale, torch.device(device)).cpu(), expected)
+            assert torch.equal(keep_mask(torch.tensor(seed, device=device), shape, drop, scale).cpu(), expected)
 
 
 COMPARISONS = {"neuron step": compare_neuron_step_with_pytorch, "bias per channel": compare_bias_per_channel_with_pytorch,

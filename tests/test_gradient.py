@@ -57,7 +57,7 @@ def test_products_equal_autograds(kind, jacobian_bn):
     """v ↦ Jᵀ v, link by link, against the graph of f, whose hidden batch norms are switched for jacobian_bn "eval"."""
     network, x = small_network(kind, dropout=0.3)
     network.jacobian_bn = jacobian_bn
-    masks = network._draw_masks(x)
+    masks = network.draw_masks(x)
     with torch.no_grad():
         current, weight = network.input(network._mean_input(x), masks.input), network.feedback.normalised_weight()
         point = torch.rand(len(current), *network.layer_shapes[-1], dtype=x.dtype)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import fmnist_mlp
 import utils.processes
-from modules.dropout import dropout_mask
+from modules.dropout import draw_seeds, dropout_mask
 from modules.implicit import BackwardSolver
 from modules.neuron import make_neuron
 from modules.synchronised_norm import synchronise_batch_norms
@@ -108,7 +108,7 @@ def in_process(rank, ports, folder):
         found["seen"] = seen_samples(rank)
         torch.manual_seed(3)
         draw_independently(3)
-        found["mask"] = dropout_mask((50,), 0.5, torch.zeros(0))
+        found["mask"] = dropout_mask((50,), 0.5, torch.zeros(0), *draw_seeds(1))
         found["shared"] = shared_network(rank)
         found["threads within"] = gloo_threads()
         cycle = [dist.group.WORLD]  # Nothing but the garbage collector ends it.

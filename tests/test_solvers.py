@@ -6,7 +6,9 @@ import scipy.optimize
 import scipy.sparse.linalg
 import torch
 
-from modules.solvers import METHODS, Anderson, solve
+from modules.across_processes import InnerProducts
+from modules.graphed_solve import refined
+from modules.solvers import METHODS, Anderson, Iteration, solve
 
 
 def linear_problem(n=30, radius=0.7):
@@ -96,6 +98,46 @@ def test_proposing_before_the_residual_is_read_changes_nothing(method):
     for tol, iterations in ((1e-6, 60), (1e-12, 4)):
         usual, early = (solve(lambda x: b + A @ x, b, method, tol, iterations, ahead=ahead) for ahead in (False, True))
         assert torch.equal(usual.value, early.value) and usual[1:] == early[1:]
+
+
+class RoundedAtFirst(Iteration):
+    """x ↦ b + A x, with A rounded to tf32's eleven bits while `rough` is set."""
+
+    rough = False
+
+    def __init__(self, b, A):
+        self.b, self.exact, self.rounded, self.products_by = b, A, A.half().double(), {True: 0, False: 0}
+        assert 0 < (self.rounded - A).norm() < 2.0**-11 * A.norm()
+        super().__init__(self.product, b, "anderson", InnerProducts())
+
+    def product(self, x):
+        self.products_by[self.rough] += 1
+        return self.b + (self.rounded if self.rough else self.exact) @ x
+
+    def go_on_from(self, x):
+        self.x, self.proposer.count = x, 0
+
+
+@pytest.mark.parametrize("tol, exact_products", [(1e-2, 1), (1e-3, 1), (1e-8, None)])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_solve_that_begins_with_rounded_products_has_the_residual_of_exact_ones(tol, exact_products, ahead):
+    b, A = linear_problem()
+    iteration = RoundedAtFirst(b, A)
+    solution = refined(iteration, b, tol, 200, ahead)
+    assert solution.converged and solution.residual <= tol
+    assert (b + A @ solution.value - solution.value).norm() / b.norm() == pytest.approx(solution.residual, rel=1e-9)
+    rough, exact = iteration.products_by[True], iteration.products_by[False]
+    assert rough > 3 and solution.iterations == rough + exact
+    assert exact == exact_products if exact_products else 3 < exact < 2 * solve(lambda x: b + A @ x, b, "anderson", tol, 200).iterations
+
+
+def test_a_solve_that_begins_with_rounded_products_keeps_to_its_bound():
+    b, A = linear_problem()
+    for bound in (1, 2, 5):
+        solution = refined(RoundedAtFirst(b, A), b, 1e-8, bound, ahead=True)
+        assert not solution.converged and solution.iterations == bound
+        assert (b + A @ solution.value - solution.value).norm() / b.norm() == pytest.approx(solution.residual, rel=1e-9)
+
 
 
 @pytest.mark.parametrize("method", METHODS)
