@@ -4,7 +4,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modules.gpu import capturing, not_captured
 from modules.graphed_solve import GraphedJacobian
@@ -79,6 +79,17 @@ class GraphedPasses:
         return GraphedPasses().__dict__
 
 
+class _Pass(nn.Module):
+    """A network's `run` as a module, whose parameters can be replaced for one call."""
+
+    def __init__(self, network: "FeedbackSNN"):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, seeds: Tensor) -> Pass:
+        return self.network.run(x, self.network.draw_masks(x, seeds))
+
+
 class _Turn:
     """One pass with a gradient; `done` once it has been propagated back through."""
 
@@ -90,8 +101,11 @@ class _Graph:
 
     def __init__(self, network: "FeedbackSNN", x: Tensor, with_gradient: bool, pool: Any):
         self.x, self.seeds = x.clone(), network.draw_seeds().to(x.device)
-        self.parameters = [parameter for name, parameter in network.named_parameters()
-                           if with_gradient and parameter.requires_grad and not name.startswith("readout.")]
+        parameters = {name: parameter for name, parameter in network.named_parameters()
+                      if with_gradient and parameter.requires_grad and not name.startswith("readout.")}
+        self.parameters = list(parameters.values())
+        # Autograd's node of a parameter that an earlier loss keeps alive belongs to another stream, on which a capture must not wait.
+        self._aliases = {f"network.{name}": parameter.detach().requires_grad_() for name, parameter in parameters.items()}
         buffers = list(network.buffers())
         before = [buffer.clone() for buffer in buffers]
         try:
@@ -127,10 +141,10 @@ class _Graph:
                     buffer.copy_(old)
 
     def _pass(self, network: "FeedbackSNN") -> Pass:
-        return network.run(self.x, network.draw_masks(self.x, self.seeds))
+        return torch.func.functional_call(_Pass(network), self._aliases, (self.x, self.seeds))
 
     def _gradients(self, passed: Pass, v: Tensor) -> List[Optional[Tensor]]:
-        return torch.autograd.grad(passed.mapped, self.parameters, v, allow_unused=True)
+        return torch.autograd.grad(passed.mapped, list(self._aliases.values()), v, allow_unused=True)
 
     def run(self, x: Tensor, seeds: Tensor) -> None:
         self.x.copy_(x)

@@ -290,6 +290,19 @@ def test_passes_before_the_first_ones_gradient(kind):
 
 
 @needs_cuda
+def test_another_kind_of_pass_is_captured_while_the_loss_of_the_last_is_alive():
+    network, x = small_network("multi-layer", tol=1e-6, max_iterations=100)
+    pair, x = [copy.deepcopy(network).float().cuda() for _ in range(2)], x.float().cuda()
+    pair[1].uses_graphs = False
+    for network in pair:
+        for samples in (len(x), 3):
+            loss = network(x[:samples]).square().sum()
+            loss.backward()
+    assert_same_tensors(*pair)
+    assert len(pair[0]._graphed._captured) == 2 and all(pair[0]._graphed._captured.values())
+
+
+@needs_cuda
 def test_a_gradient_whose_pass_was_overwritten_is_refused():
     (network, _), x = graphed_and_not("convolutional")
     loss = network(x).sum()
