@@ -280,22 +280,24 @@ static int take_group(struct group *group, const struct map *map, int size, ptrd
 }
 
 /* All time steps of a single layer under a constant current with feedback onto itself through `map`, a group of samples after the
- * other, so that its state stays in the cache: total (batch, n) becomes the sum over t of leak^(steps-1-t) s(t). Gives up, returning 1,
- * where more than `most` of a group's neurons spike in one step, as dense products are faster there. -1: memory is short; else 0. */
-int simulate_layer(const struct map *map, const float *packed, const float *current, const float *mask, float *total, ptrdiff_t batch,
-                   ptrdiff_t steps, double most, float threshold, float leak)
+ * other, so that its state stays in the cache: rate (batch, n) becomes the sum over t of leak^(steps-1-t) s(t) / normaliser. Gives up,
+ * returning 1, where more than `most` of a group's neurons spike in one step, as dense products are faster there. -1: memory is short;
+ * else 0. */
+int simulate_layer(const struct map *map, const float *packed, const float *current, const float *mask, float *rate, ptrdiff_t batch,
+                   ptrdiff_t steps, double most, float normaliser, float threshold, float leak)
 {
     ptrdiff_t n = map->out_positions * map->out_channels;
     int failed = 0, lively = 0;
-    memset(total, 0, batch * n * sizeof *total);
 #pragma omp parallel for schedule(dynamic, 1) reduction(| : failed)
     for (ptrdiff_t first = 0; first < batch; first += GROUP) {
+        float *total = rate + first * n;
         int size = batch - first < GROUP ? batch - first : GROUP;
         struct group group;
         if (!take_group(&group, map, size, n)) {
             failed = 1;
             continue;
         }
+        memset(total, 0, size * n * sizeof *total);
         for (ptrdiff_t t = 0; t < steps && !lively; t++) {
             ptrdiff_t fired = 0;
             if (t > 0)
@@ -303,13 +305,15 @@ int simulate_layer(const struct map *map, const float *packed, const float *curr
             for (int s = 0; s < size; s++) {
                 ptrdiff_t at = (first + s) * n;
                 fired += neuron_step(current + at, t > 0 ? group.products[s] : NULL, mask ? mask + at : NULL, group.potentials[s],
-                                     group.spikes[s], total + at, n, threshold, leak);
+                                     group.spikes[s], total + s * n, n, threshold, leak);
                 list_active(group.spikes[s], map->in_positions, map->in_channels, group.active + s);
             }
             if (fired > most * size * n)
 #pragma omp atomic write
                 lively = 1;
         }
+        for (ptrdiff_t i = 0; i < size * n; i++)
+            total[i] /= normaliser;
     }
     return failed ? -1 : lively;
 }

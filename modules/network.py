@@ -1,5 +1,6 @@
 """The feedback spiking network: one class that simulates T time steps and evaluates its equilibrium map."""
 
+from contextlib import nullcontext
 from typing import List, Optional, Sequence, Tuple
 
 import torch
@@ -100,8 +101,8 @@ class FeedbackSNN(nn.Module):
     def _unrolled(self) -> bool:
         return self.surrogate is not None and torch.is_grad_enabled()
 
-    def _rounded_products(self, x: Tensor) -> torch.autocast:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16_products)
+    def _rounded_products(self, x: Tensor) -> "torch.autocast | nullcontext":
+        return torch.autocast(x.device.type, torch.bfloat16) if self.bf16_products else nullcontext()
 
     def equilibrium_map(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> Tensor:
         """f: one lap round the loop, from the last layer's rate to itself (method section 5).

@@ -237,8 +237,8 @@ def _simulate_layer(loop: Loop, input: StaticInput, time_steps: int) -> Optional
     if events is None:
         return None
     mask = None if loop.masks.feedback is None else kernel_layout(loop.masks.feedback)
-    total = native.simulate_layer(events, input.current, mask, time_steps, EVENT_DRIVEN_BELOW, *loop.neuron)
-    return None if total is None else total / rate_normaliser(time_steps, loop.neuron.leak)
+    return native.simulate_layer(events, input.current, mask, time_steps, EVENT_DRIVEN_BELOW,
+                                 rate_normaliser(time_steps, loop.neuron.leak), *loop.neuron)
 
 
 def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: int, observe: Optional[Observer]) -> Tensor:
