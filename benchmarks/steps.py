@@ -12,6 +12,7 @@ has PyTorch's own default there, tf32 convolutions.
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional
 
@@ -30,6 +31,7 @@ from utils.data.batches import Batches
 from utils.data.datasets import load_cifar, load_fashion_mnist, load_mnist
 from utils.device import set_precision
 from utils.instruments.firing_rate import FiringRates
+from utils.training import SGD
 
 
 class Case(NamedTuple):
@@ -77,7 +79,7 @@ class Side:
 
     def start(self) -> None:
         self.network.to(self.device).train(self.case.training)
-        self.optimizer = torch.optim.SGD(self.network.parameters(), 0.0, momentum=0.9, fused=self.fused)
+        self.optimizer = self.sgd(self.network.parameters(), 0.0, momentum=0.9)
 
     def time(self) -> float:
         """Seconds of one step, its learning rate 0 so that every turn does the same work; the mean of as many as LEAST_S holds."""
@@ -107,7 +109,7 @@ class Side:
 
 
 class Project(Side):
-    fused = True
+    sgd = partial(SGD, fused=True)
 
     def __init__(self, case: Case, device: str, batch_file: str, weights: str):
         super().__init__(case, device, batch_file)
@@ -128,7 +130,7 @@ class Project(Side):
 
 
 class Yardstick(Side):
-    fused = False
+    sgd = torch.optim.SGD
 
     def __init__(self, case: Case, device: str, batch_file: str, weights: str):
         super().__init__(case, device, batch_file)
@@ -170,7 +172,7 @@ class Trained:
         torch.manual_seed(0)
         case = next(case for case in CASES if case.network == self.name)
         network = build(case).to(self.device).train()
-        optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, fused=True)
+        optimizer = SGD(network.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, fused=True)
         batches = iter(Batches(self.samples, case.batch, shuffled=True))
         for step in range(steps):
             x, labels = next(batches)

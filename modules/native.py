@@ -63,7 +63,7 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.power_iteration.argtypes = [pointer] * 5 + [size] * 2
     kernels.normalised_backward.argtypes = [pointer] * 4 + [real] * 2 + [pointer] * 3 + [size] * 2
     kernels.power_iteration.restype = kernels.normalised_backward.restype = None
-    kernels.simulate_layer.argtypes = [pointer] * 5 + [size] * 2 + [double, real, real]
+    kernels.simulate_layer.argtypes = [pointer] * 6 + [size] * 2 + [double, real, real, real]
     kernels.more_active_than.argtypes = [pointer, size, double]
     kernels.solve_layer.argtypes = [pointer] * 5 + [size, double, size, double] + [pointer] * 2
     return kernels
@@ -172,17 +172,19 @@ def normalised_backward(gradient: Tensor, w: Tensor, u: Tensor, v: Tensor, scale
     return gradient_w, along
 
 
-def simulate_layer(feedback: "EventMap", current: Tensor, mask: Optional[Tensor], time_steps: int, most_active: float,
-                   threshold: float, leak: float) -> Optional[Tensor]:
-    """Σ_t λ^(T−1−t) s(t) of a single layer under a constant current with feedback onto itself, all steps in one call.
+def simulate_layer(feedback: "EventMap", current: Tensor, mask: Optional[Tensor], with_product: bool, time_steps: int,
+                   most_active: float, normaliser: float, threshold: float, leak: float) -> Optional[Tuple[Tensor, Optional[Tensor]]]:
+    """a = Σ_t λ^(T−1−t) s(t) / normaliser of a single layer under a constant current with feedback onto itself, all steps in one call.
 
-    Tensors are (batch, *layer shape), laid out as `kernel_layout` gives them. None where more than the fraction `most_active` of some
-    samples' neurons spiked in one step: dense products are faster there.
+    With it, if wanted, B a, the same sum of the products that the steps need anyway, save the last. Tensors are (batch, *layer shape),
+    laid out as `kernel_layout` gives them. None where more than the fraction `most_active` of some samples' neurons spiked in one step:
+    dense products are faster there.
     """
-    total = torch.empty_like(current)
-    pointers = map(_pointer, (feedback.packed, current, mask, total))
-    lively = _check(library().simulate_layer(feedback.geometry.pointer, *pointers, len(current), time_steps, most_active, threshold, leak))
-    return None if lively else total
+    rate, fed_back = torch.empty_like(current), torch.empty_like(current) if with_product else None
+    pointers = map(_pointer, (feedback.packed, current, mask, rate, fed_back))
+    lively = _check(library().simulate_layer(feedback.geometry.pointer, *pointers, len(current), time_steps, most_active, normaliser,
+                                             threshold, leak))
+    return None if lively else (rate, fed_back)
 
 
 def more_active_than(values: Tensor, fraction: float) -> bool:
@@ -198,12 +200,11 @@ def solve_layer(adjoint: "EventMap", gain: Tensor, gradient: Tensor, tol: float,
     bounds the joint relative residual by `tol`. Tensors are (batch, *layer shape), laid out as `kernel_layout` gives them. Returns v,
     that joint residual, and the mean number of products per sample.
     """
-    v, squares, products = torch.empty_like(gradient), ctypes.c_double(), ctypes.c_ssize_t()
-    norm = torch.linalg.vector_norm(gradient).item() or 1.0
+    v, residual, products = torch.empty_like(gradient), ctypes.c_double(), ctypes.c_ssize_t()
     pointers = map(_pointer, (adjoint.packed, gain, gradient, v))
-    _check(library().solve_layer(adjoint.geometry.pointer, *pointers, len(gradient), tol * norm / len(gradient) ** 0.5, max_iterations,
-                                 regularisation, ctypes.byref(squares), ctypes.byref(products)))
-    return v, squares.value ** 0.5 / norm, products.value / len(gradient)
+    _check(library().solve_layer(adjoint.geometry.pointer, *pointers, len(gradient), tol, max_iterations, regularisation,
+                                 ctypes.byref(residual), ctypes.byref(products)))
+    return v, residual.value, products.value / len(gradient)
 
 
 def _dense(tensor: Tensor) -> Tensor:

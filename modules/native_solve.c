@@ -153,14 +153,14 @@ int more_active_than(const float *values, ptrdiff_t n, double most)
     return count > most;
 }
 
-/* `map` and `packed` are those of B^T, from the layer to itself; gain, g, v: (batch, n). Every sample is solved to |residual| <= bound
- * or `most` products. `squares` becomes the sum of the squared residuals, `products` the number of products over all samples. Returns
- * -1 where memory is short, else 0. */
-int solve_layer(const struct map *map, const float *packed, const float *gain, const float *g, float *v, ptrdiff_t batch, double bound,
-                ptrdiff_t most, double regularisation, double *squares, ptrdiff_t *products)
+/* `map` and `packed` are those of B^T, from the layer to itself; gain, g, v: (batch, n). Every sample is solved to a residual of at most
+ * tol |g| / sqrt(batch), where |g| is that of the whole batch, or `most` products. `residual` becomes the joint one relative to |g| (to 1
+ * where that is 0), `products` the number of products over all samples. Returns -1 where memory is short, else 0. */
+int solve_layer(const struct map *map, const float *packed, const float *gain, const float *g, float *v, ptrdiff_t batch, double tol,
+                ptrdiff_t most, double regularisation, double *residual, ptrdiff_t *products)
 {
     ptrdiff_t n = map->out_positions * map->out_channels, together = n < TOGETHER_BELOW ? MOST_TOGETHER : 1, counted = 0;
-    double sum = 0;
+    double size = sqrt(dot(g, g, batch * n)), scale = size == 0 ? 1 : size, bound = tol * scale / sqrt(batch), sum = 0;
     int failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) reduction(| : failed) reduction(+ : sum, counted)
     for (ptrdiff_t first = 0; first < batch; first += together) {
@@ -179,7 +179,7 @@ int solve_layer(const struct map *map, const float *packed, const float *gain, c
         for (int s = 0; s < count; s++)
             sum += solves[s].best * solves[s].best;
     }
-    *squares = sum;
+    *residual = sqrt(sum) / scale;
     *products = counted;
     return -failed;
 }

@@ -1,5 +1,6 @@
 """The feedback spiking network: one class that simulates T time steps and evaluates its equilibrium map."""
 
+from contextlib import nullcontext
 from typing import List, Optional, Sequence, Tuple
 
 import torch
@@ -84,14 +85,15 @@ class FeedbackSNN(nn.Module):
         With a surrogate the rate itself carries the gradient then.
         """
         weight, mean_input = self.feedback.normalised_weight(), self._mean_input(x)
+        differentiable = torch.is_grad_enabled()
         with self._rounded_products(x):
             current = self.input(mean_input, masks.input)
             if self._unrolled:
                 return Pass(self._unroll(x, mean_input, current, weight, masks, observe))
             with torch.no_grad():
                 loop, source = self._loop(x, mean_input, current.detach(), weight.detach(), masks)
-                rate = simulate(loop, source, self.time_steps, observe)
-            if not torch.is_grad_enabled():
+                rate = simulate(loop, source, self.time_steps, observe, differentiable)
+            if not differentiable:
                 return Pass(rate)
             return Pass(rate, *self._equilibrium(rate, current, weight, masks, loop.feedback))
 
@@ -99,8 +101,8 @@ class FeedbackSNN(nn.Module):
     def _unrolled(self) -> bool:
         return self.surrogate is not None and torch.is_grad_enabled()
 
-    def _rounded_products(self, x: Tensor) -> torch.autocast:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16_products)
+    def _rounded_products(self, x: Tensor) -> "torch.autocast | nullcontext":
+        return torch.autocast(x.device.type, torch.bfloat16) if self.bf16_products else nullcontext()
 
     def equilibrium_map(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> Tensor:
         """f: one lap round the loop, from the last layer's rate to itself (method section 5).

@@ -123,6 +123,7 @@ def rate_weights(time_steps: int, leak: float, **tensor_options) -> Tensor:
         return (weights / weights.sum()).to(**tensor_options)
 
 
+@functools.lru_cache(maxsize=None)
 def rate_normaliser(time_steps: int, leak: float) -> float:
     """Σ_t λ^(T−1−t): what a neuron that spikes at every step sums up."""
     return sum(leak**t for t in range(time_steps))

@@ -13,6 +13,7 @@ from tests.same_run import assert_same
 from tests.small_data import command
 from utils.checkpoint import BEST, LATEST, load_checkpoint
 from utils.metrics import Metrics
+from utils.training import SGD
 
 
 def test_a_loss_that_is_no_number_stops_the_run(train, monkeypatch):
@@ -44,14 +45,14 @@ def test_batches_without_a_finite_loss_are_skipped_and_change_nothing(train, tmp
 
 def test_weights_that_are_not_finite_are_never_saved(train, after, tmp_path, monkeypatch):
     """A gradient that overflows, while the loss is still finite."""
-    real, seen = torch.optim.SGD.step, [0]
+    real, seen = SGD.step, [0]
 
     def step(optimizer):
         seen[0] += 1
         real(optimizer)
         if seen[0] == 4:
             optimizer.param_groups[0]["params"][0].data[0] = float("inf")
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    monkeypatch.setattr(SGD, "step", step)
     status, _, err = train("run", "--checkpoint-every", 2)
     assert status == 1 and "input.linear.weight holds values that are not finite in epoch 1 after 4 iterations" in err
     assert load_checkpoint(tmp_path / "run" / LATEST).iteration == 2
