@@ -62,25 +62,22 @@ def kernel_layout(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
 
 
-def product(events: EventMap, x: Tensor, map: LinearMap, weight: Tensor, known: Optional[Tensor] = None) -> Tensor:
-    """W x + b by the kernels, differentiable in `weight`, the W of `map` from which `events` was packed; x has no gradient.
-
-    A product that is `known` is not computed again.
-    """
-    return _Product.apply(weight, x, map, events, known)
+def product(events: EventMap, x: Tensor, map: LinearMap, weight: Tensor) -> Tensor:
+    """W x + b by the kernels, differentiable in `weight`, the W of `map` from which `events` was packed; x has no gradient."""
+    return _Product.apply(weight, x, map, events)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, x, map, events, known):
+    def forward(ctx, weight, x, map, events):
         ctx.save_for_backward(weight, x)
         ctx.map = map
-        return native.product(events, kernel_layout(x)) if known is None else known
+        return native.product(events, kernel_layout(x))
 
     @staticmethod
     def backward(ctx, gradient):
         weight, x = ctx.saved_tensors
-        return ctx.map.weight_gradient(gradient, x, weight), None, None, None, None
+        return ctx.map.weight_gradient(gradient, x, weight), None, None, None
 
 
 def _rows(map: LinearMap, weight: Tensor) -> Tensor:

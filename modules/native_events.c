@@ -279,25 +279,18 @@ static int take_group(struct group *group, const struct map *map, int size, ptrd
     return scratch != NULL;
 }
 
-/* total = leak total + x */
-static void accumulate(float *restrict total, const float *restrict x, ptrdiff_t n, float leak)
-{
-    for (ptrdiff_t i = 0; i < n; i++)
-        total[i] = total[i] * leak + x[i];
-}
-
 /* All time steps of a single layer under a constant current with feedback onto itself through `map`, a group of samples after the
- * other, so that its state stays in the cache: rate (batch, n) becomes the sum over t of leak^(steps-1-t) s(t) / normaliser and, unless
- * null, fed_back (batch, n) the feedback W rate, the same sum of the steps' products. Gives up, returning 1, where more than `most` of a
- * group's neurons spike in one step, as dense products are faster there. -1: memory is short; else 0. */
-int simulate_layer(const struct map *map, const float *packed, const float *current, const float *mask, float *rate, float *fed_back,
-                   ptrdiff_t batch, ptrdiff_t steps, double most, float normaliser, float threshold, float leak)
+ * other, so that its state stays in the cache: rate (batch, n) becomes the sum over t of leak^(steps-1-t) s(t) / normaliser. Gives up,
+ * returning 1, where more than `most` of a group's neurons spike in one step, as dense products are faster there. -1: memory is short;
+ * else 0. */
+int simulate_layer(const struct map *map, const float *packed, const float *current, const float *mask, float *rate, ptrdiff_t batch,
+                   ptrdiff_t steps, double most, float normaliser, float threshold, float leak)
 {
     ptrdiff_t n = map->out_positions * map->out_channels;
     int failed = 0, lively = 0;
 #pragma omp parallel for schedule(dynamic, 1) reduction(| : failed)
     for (ptrdiff_t first = 0; first < batch; first += GROUP) {
-        float *total = rate + first * n, *fed = fed_back ? fed_back + first * n : NULL;
+        float *total = rate + first * n;
         int size = batch - first < GROUP ? batch - first : GROUP;
         struct group group;
         if (!take_group(&group, map, size, n)) {
@@ -305,15 +298,11 @@ int simulate_layer(const struct map *map, const float *packed, const float *curr
             continue;
         }
         memset(total, 0, size * n * sizeof *total);
-        if (fed)
-            memset(fed, 0, size * n * sizeof *fed);
-        for (ptrdiff_t t = 0; t < steps + (fed != NULL) && !lively; t++) { /* the last spikes are fed back beyond the last step */
+        for (ptrdiff_t t = 0; t < steps && !lively; t++) {
             ptrdiff_t fired = 0;
             if (t > 0)
                 add_rows(map, packed, NULL, group.active, group.products, size);
-            for (int s = 0; t > 0 && fed && s < size; s++)
-                accumulate(fed + s * n, group.products[s], n, leak);
-            for (int s = 0; t < steps && s < size; s++) {
+            for (int s = 0; s < size; s++) {
                 ptrdiff_t at = (first + s) * n;
                 fired += neuron_step(current + at, t > 0 ? group.products[s] : NULL, mask ? mask + at : NULL, group.potentials[s],
                                      group.spikes[s], total + s * n, n, threshold, leak);
@@ -325,8 +314,6 @@ int simulate_layer(const struct map *map, const float *packed, const float *curr
         }
         for (ptrdiff_t i = 0; i < size * n; i++)
             total[i] /= normaliser;
-        for (ptrdiff_t i = 0; fed && i < size * n; i++)
-            fed[i] /= normaliser;
     }
     return failed ? -1 : lively;
 }

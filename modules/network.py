@@ -85,15 +85,14 @@ class FeedbackSNN(nn.Module):
         With a surrogate the rate itself carries the gradient then.
         """
         weight, mean_input = self.feedback.normalised_weight(), self._mean_input(x)
-        differentiable = torch.is_grad_enabled()
         with self._rounded_products(x):
             current = self.input(mean_input, masks.input)
             if self._unrolled:
                 return Pass(self._unroll(x, mean_input, current, weight, masks, observe))
             with torch.no_grad():
                 loop, source = self._loop(x, mean_input, current.detach(), weight.detach(), masks)
-                rate = simulate(loop, source, self.time_steps, observe, differentiable)
-            if not differentiable:
+                rate = simulate(loop, source, self.time_steps, observe)
+            if not torch.is_grad_enabled():
                 return Pass(rate)
             return Pass(rate, *self._equilibrium(rate, current, weight, masks, loop.feedback))
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -37,15 +37,13 @@ class Masks(NamedTuple):
 class Synapses:
     """A fixed affine map from spikes (batch, *input_shape) to current, W s + b, for use at every time step.
 
-    On a CPU it can touch only what spiked; `native` says whether the C kernels, which know no gradient, serve its weight. `known` are
-    rates a and their product W a, where a simulation has left them.
+    On a CPU it can touch only what spiked; `native` says whether the C kernels, which know no gradient, serve its weight.
     """
 
     def __init__(self, map: LinearMap, weight: Tensor, bias: Optional[Tensor], input_shape: Sequence[int]):
         self.map, self.weight, self.bias, self.input_shape = map, weight, bias, input_shape
         self.native = native.serves(weight) and not weight.requires_grad
         self._events: Optional[EventMap] = None
-        self.known: Tuple[Optional[Tensor], Optional[Tensor]] = None, None
 
     def __call__(self, spikes: Tensor) -> Tensor:
         return self.map(spikes, self._factor, self.bias)
@@ -81,9 +79,6 @@ class Synapses:
 
     def of_rates(self, rates: Tensor, weight: Tensor) -> Tensor:
         """W a for constant rates a (batch, *input_shape); `weight` is that of the map, with its graph."""
-        simulated, known = self.known
-        if known is not None and simulated is rates:
-            return product(self.event_driven(0.0), rates, self.map, weight, known)
         if self.native and not native.more_active_than(rates, EVENT_DRIVEN_BELOW):
             return product(self.event_driven(0.0), rates, self.map, weight)
         return self.map(rates, weight)
@@ -217,19 +212,17 @@ class Loop(NamedTuple):
         return self._replace(masks=Masks(None, [of(mask) for mask in self.masks.hidden], of(self.masks.feedback)))
 
 
-def simulate(loop: Loop, input: "StaticInput | EventInput", time_steps: int, observe: Optional[Observer] = None,
-             mapped: bool = False) -> Tensor:
+def simulate(loop: Loop, input: "StaticInput | EventInput", time_steps: int, observe: Optional[Observer] = None) -> Tensor:
     """The last layer's firing rate (batch, *its shape) after `time_steps` steps.
 
         layer 1:      I_1(t) = F x(t) + B s_L(t−1)
         layer l > 1:  I_l(t) = W_l s_{l−1}(t)
 
     `observe(t, spikes)` sees every layer's spikes at every step, all samples at once. If it has a method `potentials(t, potentials)`,
-    that sees every layer's membrane potentials u(t), before the reset. `mapped` says that f is wanted at the rate: the feedback may then
-    keep its product, which is nearly known.
+    that sees every layer's membrane potentials u(t), before the reset.
     """
     if observe is None and len(loop.shapes) == 1 and isinstance(input, StaticInput):
-        rate = _simulate_layer(loop, input, time_steps, mapped)
+        rate = _simulate_layer(loop, input, time_steps)
         if rate is not None:
             return rate
     chunk = len(input)
@@ -243,18 +236,14 @@ def simulate(loop: Loop, input: "StaticInput | EventInput", time_steps: int, obs
     return rates[0] if len(rates) == 1 else torch.cat(rates)
 
 
-def _simulate_layer(loop: Loop, input: StaticInput, time_steps: int, mapped: bool) -> Optional[Tensor]:
+def _simulate_layer(loop: Loop, input: StaticInput, time_steps: int) -> Optional[Tensor]:
     """The same for one layer and a static input, all steps in one call of a C kernel; None where it can't serve or would be slower."""
     events = loop.feedback.event_driven(0.0) if loop.neuron.has_kernels else None
     if events is None:
         return None
     mask = None if loop.masks.feedback is None else kernel_layout(loop.masks.feedback)
-    simulated = native.simulate_layer(events, input.current, mask, mapped, time_steps, EVENT_DRIVEN_BELOW,
-                                      rate_normaliser(time_steps, loop.neuron.leak), *loop.neuron)
-    if simulated is None:
-        return None
-    loop.feedback.known = simulated
-    return simulated[0]
+    return native.simulate_layer(events, input.current, mask, time_steps, EVENT_DRIVEN_BELOW,
+                                 rate_normaliser(time_steps, loop.neuron.leak), *loop.neuron)
 
 
 def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: int, observe: Optional[Observer]) -> Tensor:

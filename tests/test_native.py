@@ -96,28 +96,6 @@ def test_product_of_rates_and_its_gradient_equal_the_dense_ones(module_and_shape
     torch.testing.assert_close(fast.grad, plain.grad, atol=3e-4, rtol=3e-4)
 
 
-@pytest.mark.parametrize("kind", ["dense", "convolutional"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_simulation_knows_the_feedback_of_its_rate(kind, masked, monkeypatch):
-    network, x = small_network(kind, dropout=0.3)
-    network, x = network.float().train(masked), x.float()
-    masks, weight = network._draw_masks(x), network.feedback.normalised_weight()
-    current = network.input(x, masks.input).detach()
-    monkeypatch.setattr("modules.simulation.EVENT_DRIVEN_BELOW", 1.1)  # Small networks are lively.
-    loop, source = network._loop(x, x, current, weight.detach(), masks)
-    rate = simulate(loop, source, network.time_steps, None, True)
-    assert torch.equal(rate, simulate(loop._replace(feedback=Synapses(*vars_of(loop.feedback))), source, network.time_steps))
-    monkeypatch.setattr(native, "product", None)  # It is not computed anew.
-    fed_back = loop.feedback.of_rates(rate, weight)
-    torch.testing.assert_close(fed_back.double(), network.feedback.map(rate.double(), weight.double()), atol=1e-6, rtol=1e-6)
-    fed_back.sum().backward()
-    assert network.feedback.w.grad is not None
-
-
-def vars_of(synapses):
-    return synapses.map, synapses.weight, synapses.bias, synapses.input_shape
-
-
 def test_outputs_that_see_no_input_have_the_bias_alone():
     for module in (nn.ConvTranspose2d(3, 40, 1, stride=3, output_padding=1), nn.Conv2d(3, 40, 2, padding=3)):
         spikes = kernel_layout(torch.ones(2, 3, 4, 4))
