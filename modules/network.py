@@ -146,7 +146,8 @@ class FeedbackSNN(nn.Module):
     def transposed_jacobian(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> TransposedJacobian:
         """Jᵀ of f at `rate`; the batch norms of hidden connections as in f, or on running statistics for jacobian_bn "eval"."""
         training = self.training and self.jacobian_bn == "train"
-        layer_rate, slope = self.neuron.equilibrium(self.feedback(current, rate, weight, masks.feedback))
+        # The lap's values lie as the products with Jᵀ want them.
+        layer_rate, slope = self.neuron.equilibrium(self.feedback(kernel_layout(current), kernel_layout(rate), weight, masks.feedback))
         links = [Link(self.feedback.map, weight, rate.shape[1:], masked(slope, masks.feedback))]
         for connection, mask in zip(self.hidden, masks.hidden or [None] * len(self.hidden)):
             drive, link = connection.linearised(layer_rate, training)
