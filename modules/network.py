@@ -89,12 +89,17 @@ class FeedbackSNN(nn.Module):
             current = self.input(mean_input, masks.input)
             if self._unrolled:
                 return Pass(self._unroll(x, mean_input, current, weight, masks, observe))
-            with torch.no_grad():
-                loop, source = self._loop(x, mean_input, current.detach(), weight.detach(), masks)
-                rate = simulate(loop, source, self.time_steps, observe)
+            rate, feedback = self._simulated(x, mean_input, current.detach(), weight.detach(), masks, observe)
             if not torch.is_grad_enabled():
                 return Pass(rate)
-            return Pass(rate, *self._equilibrium(rate, current, weight, masks, loop.feedback))
+            return Pass(rate, *self._equilibrium(rate, current, weight, masks, feedback))
+
+    @torch.no_grad()
+    def _simulated(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor, masks: Masks,
+                   observe: Optional[Observer]) -> Tuple[Tensor, Synapses]:
+        """The last layer's rate, and the simulation's feedback, the one of its connections that is needed again."""
+        loop, source = self._loop(x, mean_input, current, weight, masks)
+        return simulate(loop, source, self.time_steps, observe), loop.feedback
 
     @property
     def _unrolled(self) -> bool:
