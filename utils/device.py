@@ -58,7 +58,8 @@ def _device_of_process(name: str) -> torch.device:
 def set_precision(name: str) -> bool:
     """Have CUDA's products rounded as `--precision name` says; whether they are to be bfloat16, which is the network's to do.
 
-    fp32 is float32 throughout, tf32 rounds the factors to 10 bits of mantissa on the GPUs that can, bf16 to 7.
+    fp32 is float32 throughout, but that the backward solve may begin with tf32 products; tf32 rounds the factors to 10 bits of mantissa
+    on the GPUs that can, bf16 to 7. The simulation's own kernel has weights of 24 bits under fp32 and of 16 under the others.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
     return name == "bf16"
