@@ -8,6 +8,7 @@
 #endif
 
 #define VECTORS (PANEL / LANES)
+#define STAYS 131072 /* floats of a map that stay in a core's second-level cache, about */
 #define GROUP 8 /* samples that a thread takes through a panel together, so that its rows stay in the cache */
 
 void *thread_scratch(size_t bytes)
@@ -158,13 +159,22 @@ void add_rows(const struct map *map, const float *packed, const float *bias, con
     for (ptrdiff_t p = 0; p < positions; p++)
         if (map->segments[p + 1] - map->segments[p] > most)
             most = map->segments[p + 1] - map->segments[p];
+    /* While one segment of all outputs is computed, the rows of the one after the next come from the third-level cache, `step` of their
+     * floats at a time. */
+    ptrdiff_t block = map->rows / most * PANEL, step = 0;
+    if (positions > 1 && map->rows * channels > STAYS)
+        step = 16 * (block / (16 * count * positions) + 1);
     for (ptrdiff_t first = 0; first < channels; first += PANEL) {
         const float *panel = packed + first * map->rows;
         ptrdiff_t width = channels - first < PANEL ? channels - first : PANEL;
-        for (int j = 0; j < most; j++)
+        for (int j = 0; j < most; j++) {
+            const float *coming = panel + (j + 2) * block;
             for (int s = 0; s < count; s++)
                 for (ptrdiff_t p = 0; p < positions; p++) {
                     int segment = map->segments[p] + j;
+                    for (ptrdiff_t at = 0; at < step; at += 16)
+                        __builtin_prefetch(coming + at, 0, 2);
+                    coming += step;
                     if (segment >= map->segments[p + 1])
                         continue;
                     float *to = out[s] + p * channels + first;
@@ -174,6 +184,7 @@ void add_rows(const struct map *map, const float *packed, const float *bias, con
                     else
                         add_segment(map, panel, active + s, segment, before, to, width, 0);
                 }
+        }
     }
 }
 
