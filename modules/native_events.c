@@ -124,21 +124,23 @@ add_row(vector *sum, const float *rows, const struct active *active, int k, cons
             sum[v] += row[v];
 }
 
-/* One segment of an output position of one panel, on top of what `out` holds (the bias, or nothing yet, before the first one). Two chains
+/* Segments of an output position of one panel, on top of what `out` holds (the bias, or nothing yet, before the first one). Two chains
  * of additions, as one alone would wait for itself. */
 static inline __attribute__((always_inline)) void
-add_segment(const struct map *map, const float *panel, const struct active *active, int segment, const float *before, float *out,
-            ptrdiff_t width, const int weighted)
+add_segments(const struct map *map, const float *panel, const struct active *active, int segment, int end, const float *before, float *out,
+             ptrdiff_t width, const int weighted)
 {
     vector sum[VECTORS] = {{0}}, more[VECTORS] = {{0}};
-    const float *rows = panel + (ptrdiff_t)map->row[segment] * PANEL;
-    int k = active->start[map->from[segment]], end = active->start[map->to[segment]];
-    for (; k + 1 < end; k += 2) {
-        add_row(sum, rows, active, k, weighted);
-        add_row(more, rows, active, k + 1, weighted);
+    for (; segment < end; segment++) {
+        const float *rows = panel + (ptrdiff_t)map->row[segment] * PANEL;
+        int k = active->start[map->from[segment]], last = active->start[map->to[segment]];
+        for (; k + 1 < last; k += 2) {
+            add_row(sum, rows, active, k, weighted);
+            add_row(more, rows, active, k + 1, weighted);
+        }
+        if (k < last)
+            add_row(sum, rows, active, k, weighted);
     }
-    if (k < end)
-        add_row(sum, rows, active, k, weighted);
     for (int v = 0; v < VECTORS; v++)
         sum[v] += more[v];
     if (width == PANEL) {
@@ -150,8 +152,8 @@ add_segment(const struct map *map, const float *panel, const struct active *acti
             out[i] = ((const float *)sum)[i] + (before ? before[i] : 0.0f);
 }
 
-/* Segment by segment, the first of all output positions before the second of any: for a convolution these are the rows of its kernel,
- * of which one at a time stays in the cache. Every output position has a segment, if an empty one. */
+/* A round takes one segment of every output position, for a convolution a row of its kernel, so that few weights are in use at a time, or
+ * all of them where all weights stay in the cache. Every output position has a segment, if an empty one. */
 void add_rows(const struct map *map, const float *packed, const float *bias, const struct active *active, float *const *out, int count)
 {
     ptrdiff_t channels = map->out_channels, positions = map->out_positions;
@@ -159,30 +161,30 @@ void add_rows(const struct map *map, const float *packed, const float *bias, con
     for (ptrdiff_t p = 0; p < positions; p++)
         if (map->segments[p + 1] - map->segments[p] > most)
             most = map->segments[p + 1] - map->segments[p];
-    /* While one segment of all outputs is computed, the rows of the one after the next come from the third-level cache, `step` of their
-     * floats at a time. */
-    ptrdiff_t block = map->rows / most * PANEL, step = 0;
-    if (positions > 1 && map->rows * channels > STAYS)
-        step = 16 * (block / (16 * count * positions) + 1);
+    int stays = map->rows * channels <= STAYS, round = stays ? most : 1;
+    /* What does not stay: the rows of the round after the next come from the third-level cache, `step` of their floats at a time. */
+    ptrdiff_t block = map->rows / most * PANEL, step = stays || positions == 1 ? 0 : 16 * (block / (16 * count * positions) + 1);
     for (ptrdiff_t first = 0; first < channels; first += PANEL) {
         const float *panel = packed + first * map->rows;
         ptrdiff_t width = channels - first < PANEL ? channels - first : PANEL;
-        for (int j = 0; j < most; j++) {
+        for (int j = 0; j < most; j += round) {
             const float *coming = panel + (j + 2) * block;
             for (int s = 0; s < count; s++)
                 for (ptrdiff_t p = 0; p < positions; p++) {
-                    int segment = map->segments[p] + j;
+                    int segment = map->segments[p] + j, end = map->segments[p + 1];
                     for (ptrdiff_t at = 0; at < step; at += 16)
                         __builtin_prefetch(coming + at, 0, 2);
                     coming += step;
-                    if (segment >= map->segments[p + 1])
+                    if (segment >= end)
                         continue;
+                    if (end > segment + round)
+                        end = segment + round;
                     float *to = out[s] + p * channels + first;
                     const float *before = j > 0 ? to : bias ? bias + first : NULL;
                     if (active[s].factors)
-                        add_segment(map, panel, active + s, segment, before, to, width, 1);
+                        add_segments(map, panel, active + s, segment, end, before, to, width, 1);
                     else
-                        add_segment(map, panel, active + s, segment, before, to, width, 0);
+                        add_segments(map, panel, active + s, segment, end, before, to, width, 0);
                 }
         }
     }
