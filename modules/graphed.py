@@ -100,7 +100,8 @@ class _Graph:
     """Passes of one kind: a graph of the forward pass and, with a gradient, one from v to the gradients of the parameters."""
 
     def __init__(self, network: "FeedbackSNN", x: Tensor, with_gradient: bool, pool: Any):
-        self.x, self.seeds = x.clone(), network.draw_seeds().to(x.device)
+        # Not drawn: a run that goes on from a checkpoint captures once more, and must draw no more than one without a stop.
+        self.x, self.seeds = x.clone(), torch.zeros(network.mask_count, dtype=torch.int64, device=x.device)
         parameters = {name: parameter for name, parameter in network.named_parameters()
                       if with_gradient and parameter.requires_grad and not name.startswith("readout.")}
         self.parameters = list(parameters.values())

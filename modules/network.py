@@ -188,13 +188,18 @@ class FeedbackSNN(nn.Module):
         weights = rate_weights(self.time_steps, self.neuron.leak, dtype=x.dtype, device=x.device)
         return torch.tensordot(weights, x, dims=1)
 
+    @property
+    def mask_count(self) -> int:
+        """How many dropout masks a pass has: none in evaluation, else one for each connection, the feedback included."""
+        return len(self.layer_shapes) + 1 if self.training and self.dropout > 0 else 0
+
     def draw_seeds(self) -> Tensor:
-        """For the dropout masks of one pass."""
-        return draw_seeds(len(self.layer_shapes) + 1)
+        """For the dropout masks of one pass, int64 (mask_count,)."""
+        return draw_seeds(self.mask_count)
 
     def draw_masks(self, x: Tensor, seeds: Optional[Tensor] = None) -> Masks:
         """The dropout masks of a pass with the input x, of `seeds` from `draw_seeds` on x's device, by default new ones."""
-        if not self.training or self.dropout == 0:
+        if self.mask_count == 0:
             return Masks(None, [None] * len(self.hidden), None)
         seeds = self.draw_seeds().to(x.device) if seeds is None else seeds
         batch = x.shape[1] if self.events else x.shape[0]

@@ -302,6 +302,39 @@ def test_another_kind_of_pass_is_captured_while_the_loss_of_the_last_is_alive():
     assert len(pair[0]._graphed._captured) == 2 and all(pair[0]._graphed._captured.values())
 
 
+def test_a_pass_draws_as_many_random_numbers_as_it_has_masks():
+    network, x = small_network("multi-layer", dropout=0.3)
+    network.eval()
+    before = torch.get_rng_state()
+    network(x)
+    assert network.draw_seeds().shape == (0,) and torch.equal(torch.get_rng_state(), before)
+    network.train()(x)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    assert network.draw_seeds().shape == (len(network.layer_shapes) + 1,) and torch.equal(torch.get_rng_state(), after)
+
+
+@needs_cuda
+def test_masks_and_random_numbers_are_those_of_a_pass_without_graphs():
+    """In the pass that captures, in those that replay, and in tests between them."""
+    network, x = small_network("multi-layer", dropout=0.3)
+    results = []
+    for graphs in (True, False):
+        own = copy.deepcopy(network).float().cuda()
+        own.uses_graphs = graphs
+        torch.manual_seed(1)
+        found = []
+        for training in (True, True, False, True):
+            with torch.set_grad_enabled(training):
+                logits = own.train(training)(x.float().cuda())
+            if training:
+                logits.sum().backward()
+            found.append(logits.detach())
+        results.append((torch.stack(found), torch.get_rng_state()))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-4)
+    assert torch.equal(results[0][1], results[1][1])
+
+
 @needs_cuda
 def test_a_gradient_whose_pass_was_overwritten_is_refused():
     (network, _), x = graphed_and_not("convolutional")
