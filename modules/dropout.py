@@ -14,16 +14,17 @@ def draw_seeds(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.int64).random_(-2**63, None)
 
 
-def dropout_mask(shape: Sequence[int], p: float, like: Tensor, seed: Tensor) -> Tensor:
+def dropout_mask(shape: Sequence[int], p: float, like: Tensor, seed: Union[int, Tensor]) -> Tensor:
     """One variational mask, Bernoulli(1−p)/(1−p) for each output unit, to be used at every time step of a pass.
 
-    p is rounded to a multiple of 2⁻¹⁶, with which the mask's mean is exactly 1. The mask follows from the `seed`, int64 (), and is the
-    same on every device, where its layout may be channels last. On a GPU the seed should lie there too, as it is not read on the host.
+    p is rounded to a multiple of 2⁻¹⁶, with which the mask's mean is exactly 1. The mask follows from the `seed`, 64 bits, and is the
+    same on every device, where its layout may be channels last. On a GPU the seed should be a tensor there, int64 (), as it is not read
+    on the host.
     """
     drop, count = round(p * 65536), math.prod(shape)
     scale = 65536 / (65536 - drop)
     if native.serves(like):
-        return native.keep_mask(seed.item(), count, drop - 32768, scale).view(shape)
+        return native.keep_mask(int(seed), count, drop - 32768, scale).view(shape)
     kernels = gpu.kernels_for(like)
     if kernels:
         return kernels.keep_mask(seed, shape, drop, scale)

@@ -62,22 +62,29 @@ def kernel_layout(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
 
 
-def product(events: EventMap, x: Tensor, map: LinearMap, weight: Tensor) -> Tensor:
-    """W x + b by the kernels, differentiable in `weight`, the W of `map` from which `events` was packed; x has no gradient."""
-    return _Product.apply(weight, x, map, events)
+def layer_equilibrium(events: EventMap, map: LinearMap, weight: Tensor, current: Tensor, rates: Tensor, mask: Optional[Tensor],
+                      threshold: float) -> Tuple[Tensor, Tensor]:
+    """clamp((current + mask · W a) / V_th, 0, 1) for rates a by the kernels, and the gain mask / V_th or 0 that it has in W a.
+
+    The value is differentiable in `current` and in `weight`, the W of `map` from which `events` was packed, not in the rates.
+    """
+    return _LayerEquilibrium.apply(current, weight, rates, mask, map, events, threshold)
 
 
-class _Product(torch.autograd.Function):
+class _LayerEquilibrium(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, x, map, events):
-        ctx.save_for_backward(weight, x)
+    def forward(ctx, current, weight, rates, mask, map, events, threshold):
+        rates, mask = kernel_layout(rates), mask if mask is None else kernel_layout(mask)
+        mapped, slope, gain = native.layer_equilibrium(events, rates, kernel_layout(current), mask, threshold)
+        ctx.save_for_backward(weight, rates, slope, gain)
         ctx.map = map
-        return native.product(events, kernel_layout(x))
+        ctx.mark_non_differentiable(gain)
+        return mapped, gain
 
     @staticmethod
-    def backward(ctx, gradient):
-        weight, x = ctx.saved_tensors
-        return ctx.map.weight_gradient(gradient, x, weight), None, None, None
+    def backward(ctx, gradient, _):
+        weight, rates, slope, gain = ctx.saved_tensors
+        return (gradient * slope, ctx.map.weight_gradient(gradient * gain, rates, weight), *[None] * 5)
 
 
 def _rows(map: LinearMap, weight: Tensor) -> Tensor:

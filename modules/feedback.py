@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from modules import native
 from modules.connection import unit_norm_filters_
 from modules.linear_map import LinearMap
-from modules.simulation import Synapses
 
 INITIAL_POWER_ITERATIONS = 10
 # An operator's largest singular values lie close together, so that the first estimate takes longer.
@@ -44,7 +43,7 @@ class _SpectralNormalise(torch.autograd.Function):
         if native.serves(gradient):
             gradient_w, along = native.normalised_backward(gradient.contiguous(), w.contiguous(), u, v, scale.item(), sigma.item())
             return gradient_w, along * unclamped, None, None, None
-        along = torch.dot(gradient.flatten(), w.flatten()) / sigma
+        along = (gradient * w).sum() / sigma  # torch.dot has cuBLAS take 32 MB for itself.
         gradient_w = (gradient * scale).flatten(1).addcmul_((u * (along * scale))[:, None], v, value=-1)  # addr_ is slow on a GPU
         return gradient_w.view_as(w), along * unclamped, None, None, None
 
@@ -116,12 +115,7 @@ class Feedback(nn.Module):
         self.u.copy_(u)
         self.v.copy_(v)
 
-    def forward(self, current: Tensor, rate: Tensor, weight: Tensor, mask: Optional[Tensor] = None,
-                synapses: Optional[Synapses] = None) -> Tensor:
-        """current + mask · B a, the first layer's drive, for rates a (batch, …) of the last layer and `weight` from `normalised_weight`.
-
-        `synapses`, if given, hold the same weight, and pass over silent units where that is faster.
-        """
-        product = self.map(rate, weight) if synapses is None else synapses.of_rates(rate, weight)
-        product = product.to(rate.dtype)
+    def forward(self, current: Tensor, rate: Tensor, weight: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """current + mask · B a, the first layer's drive, for rates a (batch, …) of the last layer and `weight` from `normalised_weight`."""
+        product = self.map(rate, weight).to(rate.dtype)
         return current + product if mask is None else torch.addcmul(current, product, mask)

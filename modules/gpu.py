@@ -29,10 +29,24 @@ def _kernels() -> Optional[ModuleType]:
         return None
 
 
+@functools.lru_cache(maxsize=None)
+def stream_aside(device: int) -> "torch.cuda.Stream":
+    """The stream for all captures on this device and what leads up to them, as cuBLAS takes 32 MB for each that it works in."""
+    return torch.cuda.Stream(device)
+
+
 def capturing(graph: "torch.cuda.CUDAGraph", pool: Any) -> ContextManager[None]:
     """Kernels that are launched in the block become the graph's, which takes its memory from `pool`."""
     # Other threads, such as those that watch over a job of several processes, may go on meanwhile.
-    return torch.cuda.graph(graph, pool, capture_error_mode="thread_local")
+    return torch.cuda.graph(graph, pool, stream_aside(torch.cuda.current_device()), capture_error_mode="thread_local")
+
+
+def take_at_once(size: int) -> None:
+    """Have the allocator take `size` bytes in one block, for the current stream or capture, and cut what follows from that.
+
+    Blocks of their own are never joined again, and what is needed later is often larger than what has been freed.
+    """
+    torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
 def not_captured(what: str, error: RuntimeError) -> None:

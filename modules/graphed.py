@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from modules.gpu import capturing, not_captured
+from modules.gpu import capturing, not_captured, stream_aside, take_at_once
 from modules.graphed_solve import GraphedJacobian
 from modules.implicit import Pass
 from modules.synchronised_norm import SynchronisedBatchNorm
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from modules.network import FeedbackSNN
 
 WARM_UP_RUNS = 3
+# How many float32 tensors of every layer a simulation holds, about, and what a pass leaves for its gradient: rates, slopes and batch
+# norms' inputs of f, and Jᵀ's.
+LAYERS_SIMULATED, LAYERS_KEPT = 2, 5
 MOST_GRAPHS = 6  # Each holds a pass's memory: a training batch, a test batch, the last, smaller one of either, and a few more.
 
 
@@ -110,7 +113,7 @@ class _Graph:
         buffers = list(network.buffers())
         before = [buffer.clone() for buffer in buffers]
         try:
-            aside = torch.cuda.Stream()
+            aside = stream_aside(torch.cuda.current_device())
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP_RUNS):
@@ -121,6 +124,8 @@ class _Graph:
             torch.cuda.current_stream().wait_stream(aside)
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with capturing(self.forward, pool):
+                layers = LAYERS_KEPT if with_gradient else LAYERS_SIMULATED
+                take_at_once(layers * x.element_size() * network.batch_size(x) * sum(network.neuron_counts))
                 self.passed = self._pass(network)
                 if with_gradient:
                     self.passed.jacobian.adjoints  # made in here, once for all products

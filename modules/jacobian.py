@@ -64,12 +64,6 @@ class Link(NamedTuple):
             map, weight = map.unmirrored(weight)  # In float32, cuDNN's convolutions are up to three times faster than its data gradients.
         return map, weight if map.kind == "dense" else kernel_layout(weight)
 
-    def __call__(self, v: Tensor, adjoint: Optional[Tuple[LinearMap, Tensor]] = None) -> Tensor:
-        """`adjoint`, from the method of that name, can be kept for many calls."""
-        map, weight = adjoint or self.adjoint()
-        q = v if self.gain is None else v * self.gain
-        return map(q if self.norm is None else self.norm(q), weight)
-
     def forward_product(self, u: Tensor) -> Tensor:
         """The link of J itself, u ↦ gain · BN'(W u); the derivative of a batch norm is its own transpose."""
         q = self.map(u, self.weight)
@@ -99,8 +93,11 @@ class TransposedJacobian:
     @torch.no_grad()
     def __call__(self, v: Tensor) -> Tensor:
         v = kernel_layout(v)
-        for link, adjoint in zip(reversed(self.links), reversed(self.adjoints)):
-            v = link(v, adjoint)
+        for link, (map, weight) in zip(reversed(self.links), reversed(self.adjoints)):
+            # Nothing else holds the values on the way, so that each is freed as soon as the next one is there.
+            v = v if link.gain is None else v * link.gain
+            v = v if link.norm is None else link.norm(v)
+            v = map(v, weight)
         return kernel_layout(v)
 
     @torch.no_grad()

@@ -38,6 +38,15 @@ static inline double dot(const float *a, const float *b, ptrdiff_t n)
     return total;
 }
 
+/* clamp(keep drive / threshold, 0, 1) and its slope in the drive. */
+static inline void saturate_unit(float drive, float keep, float threshold, float *rate, float *slope)
+{
+    const float steep = 1.0f / threshold;
+    float scaled = drive * keep / threshold;
+    *rate = scaled > 1.0f ? 1.0f : scaled < 0.0f ? 0.0f : scaled;
+    *slope = scaled >= 0.0f && scaled <= 1.0f ? keep * steep : 0.0f;
+}
+
 #define PARALLEL_FROM 32768 /* numbers, below which threads cost more than they save */
 
 struct map {
@@ -55,7 +64,8 @@ struct active {
 /* out (out_positions, out_channels) = bias + sum of the active units' weight rows, for each of `count` samples. */
 void add_rows(const struct map *map, const float *packed, const float *bias, const struct active *active, float *const *out, int count);
 
-void list_active(const float *values, ptrdiff_t positions, ptrdiff_t channels, struct active *active);
+/* The units whose value is not the expected one, or not 0 where `expected` is null. */
+void list_active(const float *values, const float *expected, ptrdiff_t positions, ptrdiff_t channels, struct active *active);
 
 /* Memory of the calling thread, at least so many bytes, valid until its next call; null where there is none. */
 void *thread_scratch(size_t bytes);

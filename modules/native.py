@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from modules.event_driven import EventMap
 
 PANEL = 32  # as in native.h
+SAMPLES_TO_JUDGE_BY = 16
 
 _FOLDER = Path(__file__).parent
 # Fused multiply-adds serve the products; the neuron update goes without, so that its roundings are PyTorch's. The link step names
@@ -51,9 +52,10 @@ def library() -> Optional[ctypes.CDLL]:
         return None
     pointer, size, real, double = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float, ctypes.c_double
     kernels.neuron_step_shared.argtypes = [pointer] * 6 + [size, real, real]
-    kernels.spike_step.argtypes = [pointer] * 9 + [size, real, real]
+    kernels.spike_step.argtypes = [pointer] * 10 + [size, real, real]
     kernels.neuron_step_shared.restype = kernels.spike_step.restype = size
     kernels.product.argtypes = [pointer] * 5 + [size]
+    kernels.layer_equilibrium.argtypes = [pointer] * 8 + [size, real]
     kernels.pack_rows.argtypes = [pointer] + [size] * 4 + [pointer]
     kernels.pack_rows.restype = None
     kernels.keep_mask.argtypes = [ctypes.c_uint64, pointer, size, ctypes.c_int, real]
@@ -115,13 +117,14 @@ def neuron_step(current: Optional[Tensor], synaptic: Optional[Tensor], mask: Opt
     return library().neuron_step_shared(*map(_pointer, (current, synaptic, mask, potential, spikes, total)), potential.numel(), threshold, leak)
 
 
-def spike_step(synapses: "EventMap", source: Tensor, current: Optional[Tensor], mask: Optional[Tensor], potential: Tensor,
-               spikes: Tensor, total: Optional[Tensor], threshold: float, leak: float) -> int:
+def spike_step(synapses: "EventMap", source: Tensor, expected: Optional[Tensor], current: Optional[Tensor], mask: Optional[Tensor],
+               potential: Tensor, spikes: Tensor, total: Optional[Tensor], threshold: float, leak: float) -> int:
     """The same, with the synaptic current computed from the spikes `source` by an event-driven map: I = current + mask · (W s + b).
 
-    All tensors are float32, on the CPU and laid out as `kernel_layout` gives them. Returns the number of spikes.
+    Where spikes are `expected`, s stands for the departure from them. All tensors are float32, on the CPU and laid out as
+    `kernel_layout` gives them. Returns the number of spikes.
     """
-    pointers = map(_pointer, (synapses.packed, synapses.bias, source, current, mask, potential, spikes, total))
+    pointers = map(_pointer, (synapses.packed, synapses.bias, source, expected, current, mask, potential, spikes, total))
     return _check(library().spike_step(synapses.geometry.pointer, *pointers, len(source), threshold, leak))
 
 
@@ -130,6 +133,19 @@ def product(map: "EventMap", x: Tensor) -> Tensor:
     out = map.empty_output(len(x))
     _check(library().product(map.geometry.pointer, *(_pointer(tensor) for tensor in (map.packed, map.bias, x, out)), len(x)))
     return out
+
+
+def layer_equilibrium(map: "EventMap", rates: Tensor, current: Tensor, mask: Optional[Tensor],
+                      threshold: float) -> Tuple[Tensor, Tensor, Tensor]:
+    """clamp((current + mask · W a) / V_th, 0, 1) for rates a, by a map without a bias; its slope in the current, and that in W a.
+
+    Tensors are laid out as `kernel_layout` gives them.
+    """
+    mapped, slope = torch.empty_like(current), torch.empty_like(current)
+    gain = slope if mask is None else torch.empty_like(current)
+    pointers = (_pointer(tensor) for tensor in (map.packed, rates, current, mask, mapped, slope, gain))
+    _check(library().layer_equilibrium(map.geometry.pointer, *pointers, len(current), threshold))
+    return mapped, slope, gain
 
 
 def pack_rows(matrix: Tensor) -> Tensor:
@@ -187,8 +203,9 @@ def simulate_layer(feedback: "EventMap", current: Tensor, mask: Optional[Tensor]
 
 
 def more_active_than(values: Tensor, fraction: float) -> bool:
-    """Whether more than this fraction of `values` is not zero."""
-    return bool(library().more_active_than(_dense(values).data_ptr(), values.numel(), fraction * values.numel()))
+    """Whether more than this fraction of `values` (batch, …) is not zero, judged by some samples."""
+    values = _dense(values[:SAMPLES_TO_JUDGE_BY])
+    return bool(library().more_active_than(values.data_ptr(), values.numel(), fraction * values.numel()))
 
 
 def solve_layer(adjoint: "EventMap", gain: Tensor, gradient: Tensor, tol: float, max_iterations: int,

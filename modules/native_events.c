@@ -84,13 +84,16 @@ static __attribute__((constructor)) void fill_set_bits(void)
 }
 #endif
 
-/* Append those of the units from .. to - 1 that are not silent to `units`, which holds `count`; returns how many it then holds. */
-static int append_active(const float *values, ptrdiff_t from, ptrdiff_t to, int *units, int count)
+/* Append those of the units from .. to - 1 whose value is not the expected one to `units`, which holds `count`; returns how many it
+ * then holds. */
+static inline __attribute__((always_inline)) int
+append_active(const float *values, const float *expected, ptrdiff_t from, ptrdiff_t to, int *units, int count)
 {
     ptrdiff_t i = from;
 #ifdef __AVX2__
     for (; i + 8 <= to; i += 8) { /* eight at once without a branch; what is written behind the last one is overwritten later */
-        int bits = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values + i), _mm256_setzero_ps(), _CMP_NEQ_UQ));
+        __m256 usual = expected ? _mm256_loadu_ps(expected + i) : _mm256_setzero_ps();
+        int bits = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values + i), usual, _CMP_NEQ_UQ));
         __m256i places = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)set_bits[bits]));
         _mm256_storeu_si256((__m256i *)(units + count), _mm256_add_epi32(places, _mm256_set1_epi32(i)));
         count += __builtin_popcount(bits);
@@ -98,17 +101,18 @@ static int append_active(const float *values, ptrdiff_t from, ptrdiff_t to, int 
 #endif
     for (; i < to; i++) {
         units[count] = i;
-        count += values[i] != 0.0f;
+        count += values[i] != (expected ? expected[i] : 0.0f);
     }
     return count;
 }
 
-void list_active(const float *values, ptrdiff_t positions, ptrdiff_t channels, struct active *active)
+void list_active(const float *values, const float *expected, ptrdiff_t positions, ptrdiff_t channels, struct active *active)
 {
     int count = 0;
     for (ptrdiff_t p = 0; p < positions; p++) {
         active->start[p] = count;
-        count = append_active(values, p * channels, (p + 1) * channels, active->units, count);
+        count = expected ? append_active(values, expected, p * channels, (p + 1) * channels, active->units, count)
+                         : append_active(values, NULL, p * channels, (p + 1) * channels, active->units, count);
     }
     active->start[positions] = count;
 }
@@ -210,10 +214,11 @@ static void place_group(const struct map *map, char *scratch, struct active *act
 }
 
 /* One time step of a layer whose input comes through `map` from the spikes `source` (batch, in_positions, in_channels):
- * I = current + mask * (bias + W source), then neuron_step. current and mask may be null; all the others are (batch, out_positions,
- * out_channels). Returns the number of spikes, -1 where memory is short. */
-ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bias, const float *source, const float *current,
-                     const float *mask, float *potential, float *spikes, float *total, ptrdiff_t batch, float threshold, float leak)
+ * I = current + mask * (bias + W (source - expected)), then neuron_step. expected (like source), current and mask may be null; all the
+ * others are (batch, out_positions, out_channels). Returns the number of spikes, -1 where memory is short. */
+ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bias, const float *source, const float *expected,
+                     const float *current, const float *mask, float *potential, float *spikes, float *total, ptrdiff_t batch,
+                     float threshold, float leak)
 {
     ptrdiff_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels, fired = 0;
     ptrdiff_t group = batch < 2 * GROUP ? (batch + 1) / 2 : GROUP; /* a small batch is work for more than one thread too */
@@ -229,8 +234,11 @@ ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bi
         }
         place_group(map, (char *)scratch, active, products);
         for (int s = 0; s < count; s++) {
-            list_active(source + (first + s) * inputs, map->in_positions, map->in_channels, active + s);
-            active[s].factors = NULL;
+            const float *values = source + (first + s) * inputs, *usual = expected ? expected + (first + s) * inputs : NULL;
+            list_active(values, usual, map->in_positions, map->in_channels, active + s);
+            for (int k = 0; usual && k < active[s].start[map->in_positions]; k++)
+                active[s].factors[k] = values[active[s].units[k]] - usual[active[s].units[k]];
+            active[s].factors = usual ? active[s].factors : NULL;
         }
         add_rows(map, packed, bias, active, products, count);
         for (int s = 0; s < count; s++) {
@@ -261,7 +269,7 @@ int product(const struct map *map, const float *packed, const float *bias, const
         place_group(map, (char *)scratch, active, products);
         for (int s = 0; s < count; s++) {
             const float *values = source + (first + s) * inputs;
-            list_active(values, map->in_positions, map->in_channels, active + s);
+            list_active(values, NULL, map->in_positions, map->in_channels, active + s);
             for (int k = 0; k < active[s].start[map->in_positions]; k++)
                 active[s].factors[k] = values[active[s].units[k]];
             products[s] = out + (first + s) * outputs;
@@ -269,6 +277,25 @@ int product(const struct map *map, const float *packed, const float *bias, const
         add_rows(map, packed, bias, active, products, count);
     }
     return -failed;
+}
+
+/* The equilibrium map at rates (batch, in_positions, in_channels) of a layer whose input comes through `map`:
+ * mapped = clamp((current + mask * W rates) / threshold, 0, 1), its slope in current, and gain = mask * slope, that in W rates. mask may
+ * be null, gain too then. Returns -1 where memory is short, else 0. */
+int layer_equilibrium(const struct map *map, const float *packed, const float *rates, const float *current, const float *mask,
+                      float *mapped, float *slope, float *gain, ptrdiff_t batch, float threshold)
+{
+    ptrdiff_t outputs = map->out_positions * map->out_channels;
+    if (product(map, packed, NULL, rates, mapped, batch))
+        return -1;
+#pragma omp parallel for if (batch * outputs >= PARALLEL_FROM)
+    for (ptrdiff_t s = 0; s < batch; s++)
+        for (ptrdiff_t i = s * outputs; i < (s + 1) * outputs; i++) {
+            saturate_unit(current[i] + (mask ? mask[i] : 1.0f) * mapped[i], 1.0f, threshold, mapped + i, slope + i);
+            if (mask)
+                gain[i] = mask[i] * slope[i];
+        }
+    return 0;
 }
 
 /* A group's samples, a thread's own memory: their lists, products, membrane potentials and spikes. */
@@ -319,7 +346,7 @@ int simulate_layer(const struct map *map, const float *packed, const float *curr
                 ptrdiff_t at = (first + s) * n;
                 fired += neuron_step(current + at, t > 0 ? group.products[s] : NULL, mask ? mask + at : NULL, group.potentials[s],
                                      group.spikes[s], total + s * n, n, threshold, leak);
-                list_active(group.spikes[s], map->in_positions, map->in_channels, group.active + s);
+                list_active(group.spikes[s], NULL, map->in_positions, map->in_channels, group.active + s);
             }
             if (fired > most * size * n)
 #pragma omp atomic write

@@ -60,14 +60,6 @@ ptrdiff_t neuron_step_shared(const float *current, const float *synaptic, const 
     return fired;
 }
 
-static inline void saturate_unit(float drive, float keep, float threshold, float *rate, float *slope)
-{
-    const float steep = 1.0f / threshold;
-    float scaled = drive * keep / threshold;
-    *rate = scaled > 1.0f ? 1.0f : scaled < 0.0f ? 0.0f : scaled;
-    *slope = scaled >= 0.0f && scaled <= 1.0f ? keep * steep : 0.0f;
-}
-
 /* The rate that a neuron settles at under a constant current, clamp(mask · drive / threshold, 0, 1), and its slope in the drive. */
 void saturate(const float *restrict drive, const float *restrict mask, float *restrict rate, float *restrict slope, ptrdiff_t n,
               float threshold)

@@ -134,9 +134,12 @@ class FeedbackSNN(nn.Module):
         if self.hidden:
             mapped = self.equilibrium_map(rate, current, weight, masks)
             return mapped, self.transposed_jacobian(mapped, current, weight, masks)
-        # The one evaluation of f, at the rate, gives the value and the slope.
-        mapped, slope = self.neuron.equilibrium(self.feedback(current, rate, weight, masks.feedback, synapses))
-        return mapped, TransposedJacobian([Link(self.feedback.map, synapses.weight, rate.shape[1:], masked(slope, masks.feedback))])
+        # The one evaluation of f, at the rate, gives the value and the gain.
+        found = synapses.equilibrium(current, rate, weight, masks.feedback, self.neuron)
+        if found is None:
+            mapped, slope = self.neuron.equilibrium(self.feedback(current, rate, weight, masks.feedback))
+            found = mapped, masked(slope, masks.feedback)
+        return found[0], TransposedJacobian([Link(self.feedback.map, synapses.weight, rate.shape[1:], found[1])])
 
     @torch.no_grad()
     def measure(self, passed: Pass) -> None:
@@ -188,6 +191,10 @@ class FeedbackSNN(nn.Module):
         weights = rate_weights(self.time_steps, self.neuron.leak, dtype=x.dtype, device=x.device)
         return torch.tensordot(weights, x, dims=1)
 
+    def batch_size(self, x: Tensor) -> int:
+        """The samples in an input."""
+        return x.shape[1] if self.events else x.shape[0]
+
     @property
     def mask_count(self) -> int:
         """How many dropout masks a pass has: none in evaluation, else one for each connection, the feedback included."""
@@ -202,8 +209,8 @@ class FeedbackSNN(nn.Module):
         if self.mask_count == 0:
             return Masks(None, [None] * len(self.hidden), None)
         seeds = self.draw_seeds().to(x.device) if seeds is None else seeds
-        batch = x.shape[1] if self.events else x.shape[0]
-        first, *others, last = [dropout_mask((batch, *shape), self.dropout, x, seed)
+        seeds = seeds if seeds.is_cuda else seeds.tolist()
+        first, *others, last = [dropout_mask((self.batch_size(x), *shape), self.dropout, x, seed)
                                 for shape, seed in zip([*self.layer_shapes, self.layer_shapes[0]], seeds)]
         return Masks(first, others, last)
 

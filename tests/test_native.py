@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 
 from modules import native
-from modules.dropout import dropout_mask, random_draws
+from modules.dropout import dropout_mask, masked, random_draws
 from modules.event_driven import event_map, kernel_layout
 from modules.feedback import Feedback
 from modules.implicit import BackwardSolver
@@ -83,17 +83,28 @@ def test_event_driven_map_equals_the_dense_one(module_and_shape, batch, rate, th
 
 
 @settings(max_examples=50, deadline=None)
-@given(linear_maps(), st.integers(1, 5), st.sampled_from([0.2, 0.9]))
-def test_product_of_rates_and_its_gradient_equal_the_dense_ones(module_and_shape, batch, share):
-    module, shape = module_and_shape
-    rates = torch.rand(batch, *shape) * (torch.rand(batch, *shape) < share)
-    fast, plain = (module.weight.detach().clone().requires_grad_() for _ in range(2))
-    products = Synapses(LinearMap.of(module), fast.detach(), None, shape).of_rates(rates, fast), LinearMap.of(module)(rates, plain)
-    torch.testing.assert_close(*products, atol=3e-5, rtol=3e-5)
-    probe = torch.randn_like(products[1])
-    for product in products:
-        (product * probe).sum().backward()
-    torch.testing.assert_close(fast.grad, plain.grad, atol=3e-4, rtol=3e-4)
+@given(linear_maps(), st.integers(1, 5), st.sampled_from([0.2, 0.9]), st.booleans())
+def test_equilibrium_of_a_layer_and_its_gradient_equal_the_plain_ones(module_and_shape, batch, share, with_mask):
+    (module, shape), neuron = module_and_shape, make_neuron(0.7, 0.9)
+    map, rates = LinearMap.of(module), torch.rand(batch, *shape) * (torch.rand(batch, *shape) < share)
+    weights = [module.weight.detach().clone().requires_grad_() for _ in range(2)]
+    currents = [torch.randn(batch, *map.output_shape(shape, weights[0]))]
+    currents.append(currents[0].clone().requires_grad_())
+    currents[0].requires_grad_()
+    mask = torch.rand(currents[0].shape).ge(0.3) / 0.7 if with_mask else None
+    fast = Synapses(map, weights[0].detach(), None, shape).equilibrium(currents[0], rates, weights[0], mask, neuron)
+    if (rates[:16] != 0).float().mean() > 0.4:
+        assert fast is None, "dense products are faster"
+        return
+    mapped, slope = equilibrium_rate(currents[1] + masked(map(rates, weights[1]), mask), neuron)
+    near = (mapped - 1).abs().minimum(mapped.abs()).lt(1e-5) & (mapped != 0) & (mapped != 1)
+    assume(not near.any())  # There the two may take different sides of the clamp.
+    torch.testing.assert_close(fast, (mapped, masked(slope, mask)), atol=3e-5, rtol=3e-5)
+    probe = torch.randn_like(mapped)
+    for value in fast[0], mapped:
+        (value * probe).sum().backward()
+    for own, plain in (currents, weights):
+        torch.testing.assert_close(own.grad, plain.grad, atol=3e-4, rtol=3e-4)
 
 
 def test_outputs_that_see_no_input_have_the_bias_alone():
@@ -102,6 +113,38 @@ def test_outputs_that_see_no_input_have_the_bias_alone():
         with torch.no_grad():
             maps = event_map(LinearMap.of(module), module.weight, module.bias, (3, 4, 4))
             torch.testing.assert_close(native.product(maps, spikes), module(spikes))
+
+
+@pytest.mark.parametrize("kind,settings,shape", [(nn.Linear, (40, 70), (40,)), (nn.Conv2d, (5, 40, 3, 2, 1), (5, 8, 8)),
+                                                 (nn.ConvTranspose2d, (5, 33, 3, 2, 1, 1), (5, 4, 4))])
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("with_current", [True, False])
+def test_steps_with_expected_spikes_equal_those_without(kind, settings, shape, with_mask, with_current):
+    module, neuron, like, batch = kind(*settings), make_neuron(1.0, 0.9), torch.empty(1), 5
+    synapses = Synapses(LinearMap.of(module), module.weight.detach(), module.bias.detach(), shape)
+    source = SpikingLayer((batch, *shape), like, neuron, with_rate=True)
+    output = (batch, *synapses.map.output_shape(shape, module.weight))
+    own, other = (SpikingLayer(output, like, neuron) for _ in range(2))
+    mask = kernel_layout(torch.rand(output).ge(0.3) / 0.7) if with_mask else None
+    incoming = (kernel_layout(torch.rand(output)) if with_current else None), synapses, source, mask
+    rates = torch.rand(batch, *shape).pow(4)  # a few units fire at most steps
+    touched = {}
+    for t in range(14):
+        if t in (3, 6):
+            own.expect(*incoming)
+        # The current that brings each potential to 1 or −1.
+        source.step(kernel_layout((torch.rand(rates.shape) < rates) * 2.0 - 1 - 0.9 * (source.potential - source.spikes)))
+        assert source.fired < 0.4, "at more, dense products would serve"
+        for layer in own, other:
+            layer.step(*incoming)
+        torch.testing.assert_close(own.potential, other.potential, atol=2e-5, rtol=1e-4)
+        assert ((own.spikes == other.spikes) | ((other.potential - 1).abs() < 1e-4)).all()
+        for state in "potential", "spikes":  # Where a spike differs by rounding, later ones would.
+            getattr(own, state).copy_(getattr(other, state))
+        if t >= 6:
+            touched[t] = (source.spikes != own.expected.spikes).sum(), source.spikes.sum()
+    departures, spikes = map(sum, zip(*touched.values()))
+    assert own.expected.spikes.sum() > 0 and departures < 0.9 * spikes and other.expected is None
 
 
 def plain_and_fast(network, x, monkeypatch):
