@@ -65,7 +65,7 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.power_iteration.argtypes = [pointer] * 5 + [size] * 2
     kernels.normalised_backward.argtypes = [pointer] * 4 + [real] * 2 + [pointer] * 3 + [size] * 2
     kernels.power_iteration.restype = kernels.normalised_backward.restype = None
-    kernels.simulate_layer.argtypes = [pointer] * 5 + [size] * 2 + [double, real, real, real]
+    kernels.simulate_layer.argtypes = [pointer] * 5 + [size] * 3 + [double, real, real, real]
     kernels.more_active_than.argtypes = [pointer, size, double]
     kernels.solve_layer.argtypes = [pointer] * 5 + [size, double, size, double] + [pointer] * 2
     return kernels
@@ -188,17 +188,18 @@ def normalised_backward(gradient: Tensor, w: Tensor, u: Tensor, v: Tensor, scale
     return gradient_w, along
 
 
-def simulate_layer(feedback: "EventMap", current: Tensor, mask: Optional[Tensor], time_steps: int, most_active: float,
-                   normaliser: float, threshold: float, leak: float) -> Optional[Tensor]:
+def simulate_layer(feedback: "EventMap", current: Tensor, mask: Optional[Tensor], time_steps: int,
+                   first_expectation: int, most_active: float, normaliser: float, threshold: float, leak: float) -> Optional[Tensor]:
     """Σ_t λ^(T−1−t) s(t) / normaliser of a single layer under a constant current with feedback onto itself, all steps in one call.
 
-    Tensors are (batch, *layer shape), laid out as `kernel_layout` gives them. None where more than the fraction `most_active` of some
+    Tensors are (batch, *layer shape), laid out as `kernel_layout` gives them. Before the step `first_expectation`, and later ones as in
+    modules/simulation.py, the kernel learns which spikes to expect, and touches only what departs from them then. None where more than the fraction `most_active` of some
     samples' neurons spiked in one step: dense products are faster there.
     """
     rate = torch.empty_like(current)
     pointers = map(_pointer, (feedback.packed, current, mask, rate))
-    lively = _check(library().simulate_layer(feedback.geometry.pointer, *pointers, len(current), time_steps, most_active, normaliser,
-                                             threshold, leak))
+    lively = _check(library().simulate_layer(feedback.geometry.pointer, *pointers, len(current), time_steps, first_expectation, most_active,
+                                             normaliser, threshold, leak))
     return None if lively else rate
 
 

@@ -213,6 +213,14 @@ static void place_group(const struct map *map, char *scratch, struct active *act
     }
 }
 
+/* List the units whose value is not the expected one, with the difference for their factor; without `expected` those that spiked. */
+static void list_departures(const struct map *map, const float *values, const float *expected, struct active *active)
+{
+    list_active(values, expected, map->in_positions, map->in_channels, active);
+    for (int k = 0; expected && k < active->start[map->in_positions]; k++)
+        active->factors[k] = values[active->units[k]] - expected[active->units[k]];
+}
+
 /* One time step of a layer whose input comes through `map` from the spikes `source` (batch, in_positions, in_channels):
  * I = current + mask * (bias + W (source - expected)), then neuron_step. expected (like source), current and mask may be null; all the
  * others are (batch, out_positions, out_channels). Returns the number of spikes, -1 where memory is short. */
@@ -234,11 +242,9 @@ ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bi
         }
         place_group(map, (char *)scratch, active, products);
         for (int s = 0; s < count; s++) {
-            const float *values = source + (first + s) * inputs, *usual = expected ? expected + (first + s) * inputs : NULL;
-            list_active(values, usual, map->in_positions, map->in_channels, active + s);
-            for (int k = 0; usual && k < active[s].start[map->in_positions]; k++)
-                active[s].factors[k] = values[active[s].units[k]] - usual[active[s].units[k]];
-            active[s].factors = usual ? active[s].factors : NULL;
+            ptrdiff_t at = (first + s) * inputs;
+            list_departures(map, source + at, expected ? expected + at : NULL, active + s);
+            active[s].factors = expected ? active[s].factors : NULL;
         }
         add_rows(map, packed, bias, active, products, count);
         for (int s = 0; s < count; s++) {
@@ -279,9 +285,23 @@ int product(const struct map *map, const float *packed, const float *bias, const
     return -failed;
 }
 
+/* From mapped = W rates to what layer_equilibrium gives, for n units; with no mask, gain is left alone. */
+static void saturate_drive(const float *restrict current, const float *restrict mask, float *restrict mapped, float *restrict slope,
+                           float *restrict gain, ptrdiff_t n, float threshold)
+{
+    if (mask)
+        for (ptrdiff_t i = 0; i < n; i++) {
+            saturate_unit(current[i] + mask[i] * mapped[i], 1.0f, threshold, mapped + i, slope + i);
+            gain[i] = mask[i] * slope[i];
+        }
+    else
+        for (ptrdiff_t i = 0; i < n; i++)
+            saturate_unit(current[i] + mapped[i], 1.0f, threshold, mapped + i, slope + i);
+}
+
 /* The equilibrium map at rates (batch, in_positions, in_channels) of a layer whose input comes through `map`:
  * mapped = clamp((current + mask * W rates) / threshold, 0, 1), its slope in current, and gain = mask * slope, that in W rates. mask may
- * be null, gain too then. Returns -1 where memory is short, else 0. */
+ * be null, and gain is left alone then. Returns -1 where memory is short, else 0. */
 int layer_equilibrium(const struct map *map, const float *packed, const float *rates, const float *current, const float *mask,
                       float *mapped, float *slope, float *gain, ptrdiff_t batch, float threshold)
 {
@@ -289,42 +309,76 @@ int layer_equilibrium(const struct map *map, const float *packed, const float *r
     if (product(map, packed, NULL, rates, mapped, batch))
         return -1;
 #pragma omp parallel for if (batch * outputs >= PARALLEL_FROM)
-    for (ptrdiff_t s = 0; s < batch; s++)
-        for (ptrdiff_t i = s * outputs; i < (s + 1) * outputs; i++) {
-            saturate_unit(current[i] + (mask ? mask[i] : 1.0f) * mapped[i], 1.0f, threshold, mapped + i, slope + i);
-            if (mask)
-                gain[i] = mask[i] * slope[i];
-        }
+    for (ptrdiff_t at = 0; at < batch * outputs; at += outputs)
+        saturate_drive(current + at, mask ? mask + at : NULL, mapped + at, slope + at, gain + at, outputs, threshold);
     return 0;
 }
 
-/* A group's samples, a thread's own memory: their lists, products, membrane potentials and spikes. */
+/* A group's samples, a thread's own memory: the units whose weight rows are added, and their factors; products; membrane potentials and
+ * spikes; the spikes that are expected at every step, once they are, and the current with what they send. */
 struct group {
     struct active active[GROUP];
-    float *products[GROUP], *potentials[GROUP], *spikes[GROUP];
+    float *factors[GROUP], *products[GROUP], *potentials[GROUP], *spikes[GROUP], *expected[GROUP], *currents[GROUP];
+    int expects;
 };
 
 static int take_group(struct group *group, const struct map *map, int size, ptrdiff_t n)
 {
-    size_t lists = sizeof(int) * (n + 1 + map->in_positions + 1), each = lists + 3 * sizeof(float) * n;
+    size_t lists = sizeof(int) * (n + 1 + map->in_positions + 1), each = lists + 6 * sizeof(float) * n;
     char *scratch = thread_scratch(size * each);
+    group->expects = 0;
     for (int s = 0; scratch && s < size; s++, scratch += each) {
         float *floats = (float *)(scratch + lists);
         group->active[s] = (struct active){(int *)scratch, (int *)scratch + map->in_positions + 1, NULL};
-        group->products[s] = floats;
-        group->potentials[s] = floats + n;
-        group->spikes[s] = floats + 2 * n;
-        memset(floats + n, 0, 2 * n * sizeof *floats);
+        group->potentials[s] = floats;
+        group->spikes[s] = floats + n;
+        group->expected[s] = floats + 2 * n;
+        group->products[s] = floats + 3 * n;
+        group->factors[s] = floats + 4 * n;
+        group->currents[s] = floats + 5 * n;
+        memset(floats, 0, 3 * n * sizeof *floats);
     }
     return scratch != NULL;
 }
 
+/* products = W (spikes - expected), or W spikes while nothing is expected. */
+static void add_departures(struct group *group, const struct map *map, const float *packed, int size)
+{
+    for (int s = 0; s < size; s++) {
+        group->active[s].factors = group->expects ? group->factors[s] : NULL;
+        list_departures(map, group->spikes[s], group->expects ? group->expected[s] : NULL, group->active + s);
+    }
+    add_rows(map, packed, NULL, group->active, group->products, size);
+}
+
+/* From now on expect spikes of those units whose sum of spikes so far is at least `least`, and of no others. */
+static void expect(struct group *group, const struct map *map, const float *packed, int size, ptrdiff_t n, const float *total, float least,
+                   const float *current, const float *mask)
+{
+    for (int s = 0; s < size; s++) {
+        float *now = group->products[s];
+        for (ptrdiff_t i = 0; i < n; i++)
+            now[i] = total[s * n + i] >= least ? 1.0f : 0.0f;
+        group->active[s].factors = group->factors[s];
+        list_departures(map, now, group->expected[s], group->active + s);
+        memcpy(group->expected[s], now, n * sizeof *now);
+    }
+    add_rows(map, packed, NULL, group->active, group->products, size);
+    for (int s = 0; s < size; s++)
+        for (ptrdiff_t i = 0; i < n; i++) {
+            float before = group->expects ? group->currents[s][i] : current[s * n + i];
+            group->currents[s][i] = before + (mask ? mask[s * n + i] : 1.0f) * group->products[s][i];
+        }
+    group->expects = 1;
+}
+
 /* All time steps of a single layer under a constant current with feedback onto itself through `map`, a group of samples after the
- * other, so that its state stays in the cache: rate (batch, n) becomes the sum over t of leak^(steps-1-t) s(t) / normaliser. Gives up,
- * returning 1, where more than `most` of a group's neurons spike in one step, as dense products are faster there. -1: memory is short;
+ * other, so that its state stays in the cache: rate (batch, n) becomes the sum over t of leak^(steps-1-t) s(t) / normaliser. Before the
+ * steps `first_expectation`, twice that and so on, if as many are still to come, units that fired in half of the steps are expected to go
+ * on, and later steps touch what departs from that. Gives up, returning 1, where more than `most` of a group's neurons spike in one step, as dense products are faster there. -1: memory is short;
  * else 0. */
 int simulate_layer(const struct map *map, const float *packed, const float *current, const float *mask, float *rate, ptrdiff_t batch,
-                   ptrdiff_t steps, double most, float normaliser, float threshold, float leak)
+                   ptrdiff_t steps, ptrdiff_t first_expectation, double most, float normaliser, float threshold, float leak)
 {
     ptrdiff_t n = map->out_positions * map->out_channels;
     int failed = 0, lively = 0;
@@ -338,16 +392,21 @@ int simulate_layer(const struct map *map, const float *packed, const float *curr
             continue;
         }
         memset(total, 0, size * n * sizeof *total);
+        const float *currents = current + first * n, *masks = mask ? mask + first * n : NULL;
+        ptrdiff_t expectation = first_expectation;
+        float most_spikes = 0; /* a unit's sum so far if it had fired in every step */
         for (ptrdiff_t t = 0; t < steps && !lively; t++) {
             ptrdiff_t fired = 0;
-            if (t > 0)
-                add_rows(map, packed, NULL, group.active, group.products, size);
-            for (int s = 0; s < size; s++) {
-                ptrdiff_t at = (first + s) * n;
-                fired += neuron_step(current + at, t > 0 ? group.products[s] : NULL, mask ? mask + at : NULL, group.potentials[s],
-                                     group.spikes[s], total + s * n, n, threshold, leak);
-                list_active(group.spikes[s], NULL, map->in_positions, map->in_channels, group.active + s);
+            if (t == expectation && 2 * t <= steps) {
+                expect(&group, map, packed, size, n, total, most_spikes / 2, currents, masks);
+                expectation *= 2;
             }
+            if (t > 0)
+                add_departures(&group, map, packed, size);
+            for (int s = 0; s < size; s++)
+                fired += neuron_step(group.expects ? group.currents[s] : currents + s * n, t > 0 ? group.products[s] : NULL,
+                                     masks ? masks + s * n : NULL, group.potentials[s], group.spikes[s], total + s * n, n, threshold, leak);
+            most_spikes = most_spikes * leak + 1;
             if (fired > most * size * n)
 #pragma omp atomic write
                 lively = 1;

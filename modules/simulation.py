@@ -17,8 +17,8 @@ Observer = Callable[[int, List[Tensor]], None]
 
 # The fraction of spiking inputs below which touching only what spiked beats a dense product, measured on F64C5 and AlexNet-F.
 EVENT_DRIVEN_BELOW = 0.4
-# Before these steps of a static input, if as many are still to come, a CPU's layers learn which spikes to expect.
-EXPECTATIONS = [3 * 2**k for k in range(16)]
+# Before this step of a static input, twice that and so on, if as many are still to come, a CPU's layers learn which spikes to expect.
+FIRST_EXPECTATION = 3
 # On a CPU the samples are simulated in chunks whose state stays in the processor's cache.
 CHUNK_BYTES = 8 * 2**20
 LEAST_CHUNK = 16
@@ -275,14 +275,14 @@ def _simulate_layer(loop: Loop, input: StaticInput, time_steps: int) -> Optional
     if events is None:
         return None
     mask = None if loop.masks.feedback is None else kernel_layout(loop.masks.feedback)
-    return native.simulate_layer(events, input.current, mask, time_steps, EVENT_DRIVEN_BELOW,
+    return native.simulate_layer(events, input.current, mask, time_steps, FIRST_EXPECTATION, EVENT_DRIVEN_BELOW,
                                  rate_normaliser(time_steps, loop.neuron.leak), *loop.neuron)
 
 
 def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: int, observe: Optional[Observer]) -> Tensor:
     last, expectations = len(loop.shapes) - 1, []
     if isinstance(input, StaticInput) and loop.feedback.native and loop.neuron.has_kernels:
-        expectations = [t for t in EXPECTATIONS if 2 * t <= time_steps]
+        expectations = [t for t in (FIRST_EXPECTATION * 2**k for k in range(time_steps.bit_length())) if 2 * t <= time_steps]
     layers = [SpikingLayer((len(input), *shape), loop.feedback.weight, loop.neuron, layer == last or bool(expectations), after)
               for layer, (shape, after) in enumerate(zip(loop.shapes, [*loop.hidden, loop.feedback]))]
     if layers[0].triton and observe is None:

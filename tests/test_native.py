@@ -196,7 +196,7 @@ def test_chunks_and_whole_simulations_do_not_change_the_result(kind, training, e
     """Unobserved, a simulation runs in chunks of samples, or all its steps in one kernel; observed, step by step over the batch."""
     torch.set_num_threads(threads)
     monkeypatch.setattr("modules.simulation.EVENT_DRIVEN_BELOW", event_driven_below)
-    network, x = small_network(kind, dropout=0.3)
+    network, x = small_network(kind, dropout=0.3, time_steps=14)
     network, x = network.float().train(training), torch.cat([x.float()] * 4, dim=1 if network.events else 0)
     masks = [torch.rand(20, *shape).ge(0.3) / 0.7 for shape in (*network.layer_shapes, network.layer_shapes[0])]
     explicit_masks(network, masks if training else [None] * len(masks))
