@@ -6,6 +6,9 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #define VECTORS (PANEL / LANES)
 #define STAYS 131072 /* floats of a map that stay in a core's second-level cache, about */
@@ -194,6 +197,17 @@ void add_rows(const struct map *map, const float *packed, const float *bias, con
     }
 }
 
+/* Samples for a thread at a time, fewer than GROUP where that leaves work for every thread. */
+static ptrdiff_t group_size(ptrdiff_t batch)
+{
+#ifdef _OPENMP
+    ptrdiff_t share = (batch + omp_get_max_threads() - 1) / omp_get_max_threads();
+    return share < GROUP ? share : GROUP;
+#else
+    return batch < GROUP ? batch : GROUP;
+#endif
+}
+
 /* Bytes of scratch for a group's lists, factors and products, and their places in it. */
 static size_t group_bytes(const struct map *map)
 {
@@ -229,7 +243,7 @@ ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bi
                      float threshold, float leak)
 {
     ptrdiff_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels, fired = 0;
-    ptrdiff_t group = batch < 2 * GROUP ? (batch + 1) / 2 : GROUP; /* a small batch is work for more than one thread too */
+    ptrdiff_t group = group_size(batch);
     int failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) reduction(+ : fired) reduction(| : failed)
     for (ptrdiff_t first = 0; first < batch; first += group) {
@@ -261,7 +275,7 @@ ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bi
 int product(const struct map *map, const float *packed, const float *bias, const float *source, float *out, ptrdiff_t batch)
 {
     ptrdiff_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels;
-    ptrdiff_t group = batch < 2 * GROUP ? (batch + 1) / 2 : GROUP;
+    ptrdiff_t group = group_size(batch);
     int failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) reduction(| : failed)
     for (ptrdiff_t first = 0; first < batch; first += group) {

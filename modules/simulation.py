@@ -19,9 +19,9 @@ Observer = Callable[[int, List[Tensor]], None]
 EVENT_DRIVEN_BELOW = 0.4
 # Before this step of a static input, twice that and so on, if as many are still to come, a CPU's layers learn which spikes to expect.
 FIRST_EXPECTATION = 3
-# On a CPU the samples are simulated in chunks whose state stays in the processor's cache.
+# On a CPU the samples are simulated in chunks whose state stays in the processor's cache, or which give each thread two groups of eight.
 CHUNK_BYTES = 8 * 2**20
-LEAST_CHUNK = 16
+LEAST_CHUNK_PER_THREAD = 16
 # The Triton kernels number a layer's units with 32 bits.
 MOST_UNITS = 2**31 - 1
 
@@ -261,7 +261,7 @@ def simulate(loop: Loop, input: "StaticInput | EventInput", time_steps: int, obs
     chunk = len(input)
     if loop.feedback.native and observe is None:
         state_bytes = 4 * 4 * sum(torch.Size(shape).numel() for shape in loop.shapes)
-        chunk = max(LEAST_CHUNK, CHUNK_BYTES // state_bytes)
+        chunk = max(LEAST_CHUNK_PER_THREAD * torch.get_num_threads(), CHUNK_BYTES // state_bytes)
     elif loop.feedback.weight.is_cuda:
         chunk = min(chunk, MOST_UNITS // max(torch.Size(shape).numel() for shape in loop.shapes))
     parts = [slice(first, min(first + chunk, len(input))) for first in range(0, len(input), chunk)]

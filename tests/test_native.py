@@ -202,7 +202,7 @@ def test_chunks_and_whole_simulations_do_not_change_the_result(kind, training, e
     explicit_masks(network, masks if training else [None] * len(masks))
     with torch.no_grad():
         whole = copy.deepcopy(network)(x, observe=lambda t, layers: None)
-        monkeypatch.setattr("modules.simulation.LEAST_CHUNK", 7)
+        monkeypatch.setattr("modules.simulation.LEAST_CHUNK_PER_THREAD", 7)
         monkeypatch.setattr("modules.simulation.CHUNK_BYTES", 1)
         torch.testing.assert_close(network(x), whole, atol=1e-5, rtol=1e-5)
 
