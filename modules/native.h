@@ -8,6 +8,7 @@
 #define FEEDBACK_SNN_NATIVE_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 #define PANEL 32
 
@@ -64,13 +65,12 @@ struct active {
 /* out (out_positions, out_channels) = bias + sum of the active units' weight rows, for each of `count` samples. */
 void add_rows(const struct map *map, const float *packed, const float *bias, const struct active *active, float *const *out, int count);
 
-/* The units whose value is not the expected one, or not 0 where `expected` is null. */
-void list_active(const float *values, const float *expected, ptrdiff_t positions, ptrdiff_t channels, struct active *active);
+void list_active(const float *values, ptrdiff_t positions, ptrdiff_t channels, struct active *active);
 
 /* Memory of the calling thread, at least so many bytes, valid until its next call; null where there is none. */
 void *thread_scratch(size_t bytes);
 
-ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *mask, float *potential, float *spikes, float *total,
+ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *mask, float *potential, int8_t *spikes, float *total,
                       ptrdiff_t n, float threshold, float leak);
 
 #endif

@@ -111,8 +111,8 @@ def neuron_step(current: Optional[Tensor], synaptic: Optional[Tensor], mask: Opt
                 total: Optional[Tensor], threshold: float, leak: float) -> int:
     """One time step in place: I = current + mask · synaptic, then `modules.neuron.neuron_step`, then total ← λ total + s.
 
-    All tensors are float32, on the CPU, of one shape and one dense memory layout; at least one of `current` and `synaptic` is given.
-    Returns the number of spikes.
+    All tensors are float32 but the spikes, int8, on the CPU, of one shape and one dense memory layout; at least one of `current` and
+    `synaptic` is given. The potential is 0 at rest or has come from here. Returns the number of spikes.
     """
     return library().neuron_step_shared(*map(_pointer, (current, synaptic, mask, potential, spikes, total)), potential.numel(), threshold, leak)
 
@@ -121,8 +121,8 @@ def spike_step(synapses: "EventMap", source: Tensor, expected: Optional[Tensor],
                potential: Tensor, spikes: Tensor, total: Optional[Tensor], threshold: float, leak: float) -> int:
     """The same, with the synaptic current computed from the spikes `source` by an event-driven map: I = current + mask · (W s + b).
 
-    Where spikes are `expected`, s stands for the departure from them. All tensors are float32, on the CPU and laid out as
-    `kernel_layout` gives them. Returns the number of spikes.
+    Where spikes are `expected`, s stands for the departure from them. All tensors are float32, spikes int8, on the CPU and laid out
+    as `kernel_layout` gives them. Returns the number of spikes.
     """
     pointers = map(_pointer, (synapses.packed, synapses.bias, source, expected, current, mask, potential, spikes, total))
     return _check(library().spike_step(synapses.geometry.pointer, *pointers, len(source), threshold, leak))

@@ -87,37 +87,76 @@ static __attribute__((constructor)) void fill_set_bits(void)
 }
 #endif
 
-/* Append those of the units from .. to - 1 whose value is not the expected one to `units`, which holds `count`; returns how many it
- * then holds. */
-static inline __attribute__((always_inline)) int
-append_active(const float *values, const float *expected, ptrdiff_t from, ptrdiff_t to, int *units, int count)
+#ifdef __AVX2__
+/* Append i plus the number of every set bit to `units`, which holds `count`; what is written behind the last one is overwritten later. */
+static inline int append_bits(int bits, ptrdiff_t i, int *units, int count)
+{
+    __m256i places = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)set_bits[bits]));
+    _mm256_storeu_si256((__m256i *)(units + count), _mm256_add_epi32(places, _mm256_set1_epi32(i)));
+    return count + __builtin_popcount(bits);
+}
+#endif
+
+/* Append those of the units from .. to - 1 that are not silent to `units`, which holds `count`; returns how many it then holds. */
+static int append_active(const float *values, ptrdiff_t from, ptrdiff_t to, int *units, int count)
 {
     ptrdiff_t i = from;
 #ifdef __AVX2__
-    for (; i + 8 <= to; i += 8) { /* eight at once without a branch; what is written behind the last one is overwritten later */
-        __m256 usual = expected ? _mm256_loadu_ps(expected + i) : _mm256_setzero_ps();
-        int bits = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values + i), usual, _CMP_NEQ_UQ));
-        __m256i places = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)set_bits[bits]));
-        _mm256_storeu_si256((__m256i *)(units + count), _mm256_add_epi32(places, _mm256_set1_epi32(i)));
-        count += __builtin_popcount(bits);
-    }
+    for (; i + 8 <= to; i += 8) /* eight at once without a branch */
+        count = append_bits(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values + i), _mm256_setzero_ps(), _CMP_NEQ_UQ)), i, units, count);
 #endif
     for (; i < to; i++) {
         units[count] = i;
-        count += values[i] != (expected ? expected[i] : 0.0f);
+        count += values[i] != 0.0f;
     }
     return count;
 }
 
-void list_active(const float *values, const float *expected, ptrdiff_t positions, ptrdiff_t channels, struct active *active)
+void list_active(const float *values, ptrdiff_t positions, ptrdiff_t channels, struct active *active)
 {
     int count = 0;
     for (ptrdiff_t p = 0; p < positions; p++) {
         active->start[p] = count;
-        count = expected ? append_active(values, expected, p * channels, (p + 1) * channels, active->units, count)
-                         : append_active(values, NULL, p * channels, (p + 1) * channels, active->units, count);
+        count = append_active(values, p * channels, (p + 1) * channels, active->units, count);
     }
     active->start[positions] = count;
+}
+
+/* The same for units whose spike, 0 or 1, is not the expected one; without `expected` for those that spiked. */
+static inline __attribute__((always_inline)) int
+append_departures(const int8_t *spikes, const int8_t *expected, ptrdiff_t from, ptrdiff_t to, int *units, int count)
+{
+    ptrdiff_t i = from;
+#ifdef __AVX2__
+    for (; i + 16 <= to; i += 16) {
+        __m128i usual = expected ? _mm_loadu_si128((const __m128i *)(expected + i)) : _mm_setzero_si128();
+        int bits = ~_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)(spikes + i)), usual));
+        count = append_bits(bits & 255, i, units, count);
+        count = append_bits(bits >> 8 & 255, i + 8, units, count);
+    }
+#endif
+    for (; i < to; i++) {
+        units[count] = i;
+        count += spikes[i] != (expected ? expected[i] : 0);
+    }
+    return count;
+}
+
+/* List the units whose spike is not the expected one, with the difference in `factors`; without `expected` those that spiked. */
+static void list_departures(const struct map *map, const int8_t *spikes, const int8_t *expected, float *factors, struct active *active)
+{
+    ptrdiff_t channels = map->in_channels;
+    int count = 0;
+    for (ptrdiff_t p = 0; p < map->in_positions; p++) {
+        ptrdiff_t from = p * channels, to = from + channels;
+        active->start[p] = count;
+        count = expected ? append_departures(spikes, expected, from, to, active->units, count)
+                         : append_departures(spikes, NULL, from, to, active->units, count);
+    }
+    active->start[map->in_positions] = count;
+    active->factors = expected ? factors : NULL;
+    for (int k = 0; expected && k < count; k++)
+        factors[k] = spikes[active->units[k]] - expected[active->units[k]];
 }
 
 static inline __attribute__((always_inline)) void
@@ -227,19 +266,11 @@ static void place_group(const struct map *map, char *scratch, struct active *act
     }
 }
 
-/* List the units whose value is not the expected one, with the difference for their factor; without `expected` those that spiked. */
-static void list_departures(const struct map *map, const float *values, const float *expected, struct active *active)
-{
-    list_active(values, expected, map->in_positions, map->in_channels, active);
-    for (int k = 0; expected && k < active->start[map->in_positions]; k++)
-        active->factors[k] = values[active->units[k]] - expected[active->units[k]];
-}
-
 /* One time step of a layer whose input comes through `map` from the spikes `source` (batch, in_positions, in_channels):
  * I = current + mask * (bias + W (source - expected)), then neuron_step. expected (like source), current and mask may be null; all the
  * others are (batch, out_positions, out_channels). Returns the number of spikes, -1 where memory is short. */
-ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bias, const float *source, const float *expected,
-                     const float *current, const float *mask, float *potential, float *spikes, float *total, ptrdiff_t batch,
+ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bias, const int8_t *source, const int8_t *expected,
+                     const float *current, const float *mask, float *potential, int8_t *spikes, float *total, ptrdiff_t batch,
                      float threshold, float leak)
 {
     ptrdiff_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels, fired = 0;
@@ -257,8 +288,7 @@ ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bi
         place_group(map, (char *)scratch, active, products);
         for (int s = 0; s < count; s++) {
             ptrdiff_t at = (first + s) * inputs;
-            list_departures(map, source + at, expected ? expected + at : NULL, active + s);
-            active[s].factors = expected ? active[s].factors : NULL;
+            list_departures(map, source + at, expected ? expected + at : NULL, active[s].factors, active + s);
         }
         add_rows(map, packed, bias, active, products, count);
         for (int s = 0; s < count; s++) {
@@ -289,7 +319,7 @@ int product(const struct map *map, const float *packed, const float *bias, const
         place_group(map, (char *)scratch, active, products);
         for (int s = 0; s < count; s++) {
             const float *values = source + (first + s) * inputs;
-            list_active(values, NULL, map->in_positions, map->in_channels, active + s);
+            list_active(values, map->in_positions, map->in_channels, active + s);
             for (int k = 0; k < active[s].start[map->in_positions]; k++)
                 active[s].factors[k] = values[active[s].units[k]];
             products[s] = out + (first + s) * outputs;
@@ -332,25 +362,26 @@ int layer_equilibrium(const struct map *map, const float *packed, const float *r
  * spikes; the spikes that are expected at every step, once they are, and the current with what they send. */
 struct group {
     struct active active[GROUP];
-    float *factors[GROUP], *products[GROUP], *potentials[GROUP], *spikes[GROUP], *expected[GROUP], *currents[GROUP];
-    int expects;
+    float *factors[GROUP], *products[GROUP], *potentials[GROUP], *currents[GROUP];
+    int8_t *spikes[GROUP], *expected[GROUP], expects;
 };
 
 static int take_group(struct group *group, const struct map *map, int size, ptrdiff_t n)
 {
-    size_t lists = sizeof(int) * (n + 1 + map->in_positions + 1), each = lists + 6 * sizeof(float) * n;
+    size_t lists = sizeof(int) * (n + 1 + map->in_positions + 1), each = lists + 4 * sizeof(float) * n + (2 * n + 63) / 64 * 64;
     char *scratch = thread_scratch(size * each);
     group->expects = 0;
     for (int s = 0; scratch && s < size; s++, scratch += each) {
         float *floats = (float *)(scratch + lists);
         group->active[s] = (struct active){(int *)scratch, (int *)scratch + map->in_positions + 1, NULL};
         group->potentials[s] = floats;
-        group->spikes[s] = floats + n;
-        group->expected[s] = floats + 2 * n;
-        group->products[s] = floats + 3 * n;
-        group->factors[s] = floats + 4 * n;
-        group->currents[s] = floats + 5 * n;
-        memset(floats, 0, 3 * n * sizeof *floats);
+        group->products[s] = floats + n;
+        group->factors[s] = floats + 2 * n;
+        group->currents[s] = floats + 3 * n;
+        group->spikes[s] = (int8_t *)(floats + 4 * n);
+        group->expected[s] = group->spikes[s] + n;
+        memset(floats, 0, n * sizeof *floats);
+        memset(group->spikes[s], 0, 2 * n);
     }
     return scratch != NULL;
 }
@@ -358,10 +389,8 @@ static int take_group(struct group *group, const struct map *map, int size, ptrd
 /* products = W (spikes - expected), or W spikes while nothing is expected. */
 static void add_departures(struct group *group, const struct map *map, const float *packed, int size)
 {
-    for (int s = 0; s < size; s++) {
-        group->active[s].factors = group->expects ? group->factors[s] : NULL;
-        list_departures(map, group->spikes[s], group->expects ? group->expected[s] : NULL, group->active + s);
-    }
+    for (int s = 0; s < size; s++)
+        list_departures(map, group->spikes[s], group->expects ? group->expected[s] : NULL, group->factors[s], group->active + s);
     add_rows(map, packed, NULL, group->active, group->products, size);
 }
 
@@ -370,12 +399,11 @@ static void expect(struct group *group, const struct map *map, const float *pack
                    const float *current, const float *mask)
 {
     for (int s = 0; s < size; s++) {
-        float *now = group->products[s];
+        int8_t *now = (int8_t *)group->products[s];
         for (ptrdiff_t i = 0; i < n; i++)
-            now[i] = total[s * n + i] >= least ? 1.0f : 0.0f;
-        group->active[s].factors = group->factors[s];
-        list_departures(map, now, group->expected[s], group->active + s);
-        memcpy(group->expected[s], now, n * sizeof *now);
+            now[i] = total[s * n + i] >= least;
+        list_departures(map, now, group->expected[s], group->factors[s], group->active + s);
+        memcpy(group->expected[s], now, n);
     }
     add_rows(map, packed, NULL, group->active, group->products, size);
     for (int s = 0; s < size; s++)

@@ -3,18 +3,16 @@
  * Compiled without contraction to fused multiply-adds, so that every rounding, and so every spike, equals PyTorch's. */
 #include "native.h"
 
-#include <stdint.h>
-
 #define STRETCH 8192 /* neurons that a thread takes at a time */
 #define DRAWS 1024 /* random numbers in the first-level cache */
 
-/* I = current + mask * synaptic;  u = leak (u - threshold s) + I;  s = u >= threshold;  total = leak total + s.
- * Parts that are absent (a null pointer) are left out; the flags are constants, so each case is its own loop, which the compiler
+/* I = current + mask * synaptic;  u = leak (u - threshold s) + I;  s = u >= threshold;  total = leak total + s. The last step's s is
+ * known from its u, so that spikes, a byte each, are written and not read. Parts that are absent (a null pointer) are left out; the flags are constants, so each case is its own loop, which the compiler
  * vectorises only where no flag is left in it. Returns the number of spikes. */
 static inline __attribute__((always_inline)) ptrdiff_t
 step(const int has_current, const int has_synaptic, const int has_mask, const int has_total,
      const float *restrict current, const float *restrict synaptic, const float *restrict mask,
-     float *restrict potential, float *restrict spikes, float *restrict total, ptrdiff_t n, float threshold, float leak)
+     float *restrict potential, int8_t *restrict spikes, float *restrict total, ptrdiff_t n, float threshold, float leak)
 {
     int fired = 0;
     for (ptrdiff_t i = 0; i < n; i++) {
@@ -23,11 +21,11 @@ step(const int has_current, const int has_synaptic, const int has_mask, const in
             float input = has_mask ? synaptic[i] * mask[i] : synaptic[i];
             drive = has_current ? drive + input : input;
         }
-        float u = (potential[i] - threshold * spikes[i]) * leak + drive;
+        float before = potential[i], u = (before >= threshold ? before - threshold : before) * leak + drive;
         float s = u >= threshold ? 1.0f : 0.0f;
         fired += u >= threshold;
         potential[i] = u;
-        spikes[i] = s;
+        spikes[i] = u >= threshold;
         if (has_total)
             total[i] = total[i] * leak + s;
     }
@@ -38,7 +36,7 @@ step(const int has_current, const int has_synaptic, const int has_mask, const in
     return total ? step(c, y, m, 1, current, synaptic, mask, potential, spikes, total, n, threshold, leak) \
                  : step(c, y, m, 0, current, synaptic, mask, potential, spikes, total, n, threshold, leak)
 
-ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *mask, float *potential, float *spikes, float *total,
+ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *mask, float *potential, int8_t *spikes, float *total,
                       ptrdiff_t n, float threshold, float leak)
 {
     if (!synaptic) CASE(1, 0, 0);
@@ -49,7 +47,7 @@ ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *
 }
 
 /* The same with the work shared among threads. */
-ptrdiff_t neuron_step_shared(const float *current, const float *synaptic, const float *mask, float *potential, float *spikes,
+ptrdiff_t neuron_step_shared(const float *current, const float *synaptic, const float *mask, float *potential, int8_t *spikes,
                              float *total, ptrdiff_t n, float threshold, float leak)
 {
     ptrdiff_t fired = 0;

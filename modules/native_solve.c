@@ -101,7 +101,7 @@ static void begin(struct solve *solve, const struct map *map, char *scratch, con
     *solve = (struct solve){.best = INFINITY, .all_g = g, .v = v, .product = floats, .x = floats + n, .gain = floats + 2 * n,
                             .g = floats + 3 * n, .mapped = floats + 5 * n, .residuals = floats + (5 + MEMORY) * n,
                             .active = {ints, units, floats + 4 * n}};
-    list_active(gain, NULL, map->in_positions, map->in_channels, &solve->active);
+    list_active(gain, map->in_positions, map->in_channels, &solve->active);
     solve->count = ints[map->in_positions];
     for (int k = 0; k < solve->count; k++) {
         solve->gain[k] = gain[units[k]];

@@ -106,7 +106,7 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 class Expected(NamedTuple):
-    """The `spikes` that are expected of a layer's source at every step, 0 or 1 each, and the `drive` current + mask · (W s + b) by them."""
+    """The `spikes` that are expected of a layer's source at every step, int8, and the `drive` current + mask · (W s + b) by them."""
 
     spikes: Tensor
     drive: Tensor
@@ -127,7 +127,8 @@ class SpikingLayer:
         layout = torch.channels_last if (self.native or self.triton) and len(shape) == 4 else torch.contiguous_format
         self.potential = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout).zero_()
         # Written by the Triton kernel in the dtype of the next product; the membrane is float32 all the same.
-        self.spikes = torch.zeros_like(self.potential, dtype=after.spike_dtype if self.triton and after else None)
+        dtype = torch.int8 if self.native else after.spike_dtype if self.triton and after else None
+        self.spikes = torch.zeros_like(self.potential, dtype=dtype)
         self.total = torch.zeros_like(self.potential) if with_rate else None
         self.expected: Optional[Expected] = None
 
@@ -157,7 +158,7 @@ class SpikingLayer:
             return native.spike_step(events._replace(bias=None), source.spikes, *self.expected, mask, *state)
         if events is not None:
             return native.spike_step(events, source.spikes, None, current, mask, *state)
-        synaptic = None if synapses is None else kernel_layout(synapses(source.spikes).to(source.spikes.dtype))
+        synaptic = None if synapses is None else kernel_layout(synapses(source.spikes.float()).float())
         return native.neuron_step(current, synaptic, mask, *state)
 
     def _triton_step(self, current, synapses, source, mask) -> None:
@@ -178,11 +179,11 @@ class SpikingLayer:
         events = synapses.event_driven(source.fired)
         if events is None:
             return
-        spikes = reached(source.total, rate_normaliser(source.steps, source.neuron.leak) / 2)
+        spikes = source.total.ge(rate_normaliser(source.steps, source.neuron.leak) / 2).view(torch.int8)
         if self.expected is None:
-            change = masked(native.product(events, spikes), mask)
+            change = masked(native.product(events, spikes.float()), mask)
         else:
-            change = masked(native.product(events._replace(bias=None), spikes - self.expected.spikes), mask)
+            change = masked(native.product(events._replace(bias=None), (spikes - self.expected.spikes).float()), mask)
             current = self.expected.drive
         self.expected = Expected(spikes, change if current is None else change.add_(current))
 
@@ -280,9 +281,7 @@ def _simulate_layer(loop: Loop, input: StaticInput, time_steps: int) -> Optional
 
 
 def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: int, observe: Optional[Observer]) -> Tensor:
-    last, expectations = len(loop.shapes) - 1, []
-    if isinstance(input, StaticInput) and loop.feedback.native and loop.neuron.has_kernels:
-        expectations = [t for t in (FIRST_EXPECTATION * 2**k for k in range(time_steps.bit_length())) if 2 * t <= time_steps]
+    last, expectations = len(loop.shapes) - 1, _expectations(loop, input, time_steps)
     layers = [SpikingLayer((len(input), *shape), loop.feedback.weight, loop.neuron, layer == last or bool(expectations), after)
               for layer, (shape, after) in enumerate(zip(loop.shapes, [*loop.hidden, loop.feedback]))]
     if layers[0].triton and observe is None:
@@ -304,6 +303,14 @@ def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: i
             if hasattr(observe, "potentials"):
                 observe.potentials(t, [layer.potential.clone() for layer in layers])
     return layers[-1].rate()
+
+
+def _expectations(loop: Loop, input: "StaticInput | EventInput", time_steps: int) -> List[int]:
+    """The steps before which layers learn which spikes to expect."""
+    if not (isinstance(input, StaticInput) and loop.feedback.native and loop.neuron.has_kernels):
+        return []
+    steps = (FIRST_EXPECTATION * 2**k for k in range(time_steps.bit_length()))
+    return [t for t in steps if 2 * t <= time_steps]
 
 
 def _masks_folded(loop: Loop, layers: List[SpikingLayer]) -> Loop:
