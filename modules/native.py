@@ -188,13 +188,13 @@ def normalised_backward(gradient: Tensor, w: Tensor, u: Tensor, v: Tensor, scale
     return gradient_w, along
 
 
-def simulate_layer(feedback: "EventMap", current: Tensor, mask: Optional[Tensor], time_steps: int,
-                   first_expectation: int, most_active: float, normaliser: float, threshold: float, leak: float) -> Optional[Tensor]:
+def simulate_layer(feedback: "EventMap", current: Tensor, mask: Optional[Tensor], time_steps: int, first_expectation: int,
+                   most_active: float, normaliser: float, threshold: float, leak: float) -> Optional[Tensor]:
     """Σ_t λ^(T−1−t) s(t) / normaliser of a single layer under a constant current with feedback onto itself, all steps in one call.
 
     Tensors are (batch, *layer shape), laid out as `kernel_layout` gives them. Before the step `first_expectation`, and later ones as in
-    modules/simulation.py, the kernel learns which spikes to expect, and touches only what departs from them then. None where more than the fraction `most_active` of some
-    samples' neurons spiked in one step: dense products are faster there.
+    modules/simulation.py, the kernel learns which spikes to expect, and touches only what departs from them then. None where more than
+    the fraction `most_active` of some samples' neurons spiked in one step: dense products are faster there.
     """
     rate = torch.empty_like(current)
     pointers = map(_pointer, (feedback.packed, current, mask, rate))

@@ -417,8 +417,8 @@ static void expect(struct group *group, const struct map *map, const float *pack
 /* All time steps of a single layer under a constant current with feedback onto itself through `map`, a group of samples after the
  * other, so that its state stays in the cache: rate (batch, n) becomes the sum over t of leak^(steps-1-t) s(t) / normaliser. Before the
  * steps `first_expectation`, twice that and so on, if as many are still to come, units that fired in half of the steps are expected to go
- * on, and later steps touch what departs from that. Gives up, returning 1, where more than `most` of a group's neurons spike in one step, as dense products are faster there. -1: memory is short;
- * else 0. */
+ * on, and later steps touch what departs from that. Gives up, returning 1, where more than `most` of a group's neurons spike in one step,
+ * as dense products are faster there. -1: memory is short; else 0. */
 int simulate_layer(const struct map *map, const float *packed, const float *current, const float *mask, float *rate, ptrdiff_t batch,
                    ptrdiff_t steps, ptrdiff_t first_expectation, double most, float normaliser, float threshold, float leak)
 {

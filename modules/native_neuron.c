@@ -7,8 +7,9 @@
 #define DRAWS 1024 /* random numbers in the first-level cache */
 
 /* I = current + mask * synaptic;  u = leak (u - threshold s) + I;  s = u >= threshold;  total = leak total + s. The last step's s is
- * known from its u, so that spikes, a byte each, are written and not read. Parts that are absent (a null pointer) are left out; the flags are constants, so each case is its own loop, which the compiler
- * vectorises only where no flag is left in it. Returns the number of spikes. */
+ * known from its u, so that spikes, a byte each, are written and not read. Parts that are absent (a null pointer) are left out; the flags
+ * are constants, so each case is its own loop, which the compiler vectorises only where no flag is left in it. Returns the number of
+ * spikes. */
 static inline __attribute__((always_inline)) ptrdiff_t
 step(const int has_current, const int has_synaptic, const int has_mask, const int has_total,
      const float *restrict current, const float *restrict synaptic, const float *restrict mask,
