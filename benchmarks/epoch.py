@@ -25,7 +25,8 @@ from utils.arguments import parse_arguments
 from utils.data.batches import Batches
 from utils.data.torchvision_import import import_torchvision
 from utils.instruments.firing_rate import FiringRates
-from utils.training import evaluate, make_optimizer, train_one_epoch
+from utils.optimizer import make_optimizer
+from utils.training import evaluate, train_one_epoch
 
 
 class Project:

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.steps import CASES, GPU_CASES, NETWORKS, WARM_STEPS, build, load_images
 from utils.data.batches import Batches
 from utils.device import set_precision
-from utils.training import SGD
+from utils.optimizer import SGD
 
 STEPS = 3
 
@@ -31,7 +31,7 @@ def main() -> None:
     case = next(case for case in (GPU_CASES if args.device == "cuda" else CASES) if case.network == args.network)
     network = build(case).to(args.device)
     network.bf16_products = set_precision(args.precision)
-    optimizer = SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+    optimizer = SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     batches = iter(Batches(load_images(args.network, args.path).to(args.device), case.batch, shuffled=True))
 
     def step() -> None:

@@ -12,7 +12,6 @@ has PyTorch's own default there, tf32 convolutions.
 import argparse
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional
 
@@ -31,7 +30,7 @@ from utils.data.batches import Batches
 from utils.data.datasets import load_cifar, load_fashion_mnist, load_mnist
 from utils.device import set_precision
 from utils.instruments.firing_rate import FiringRates
-from utils.training import SGD
+from utils.optimizer import SGD
 
 
 class Case(NamedTuple):
@@ -109,7 +108,7 @@ class Side:
 
 
 class Project(Side):
-    sgd = partial(SGD, fused=True)
+    sgd = SGD
 
     def __init__(self, case: Case, device: str, batch_file: str, weights: str):
         super().__init__(case, device, batch_file)
@@ -172,7 +171,7 @@ class Trained:
         torch.manual_seed(0)
         case = next(case for case in CASES if case.network == self.name)
         network = build(case).to(self.device).train()
-        optimizer = SGD(network.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, fused=True)
+        optimizer = SGD(network.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
         batches = iter(Batches(self.samples, case.batch, shuffled=True))
         for step in range(steps):
             x, labels = next(batches)

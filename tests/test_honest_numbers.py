@@ -13,7 +13,7 @@ from tests.same_run import assert_same
 from tests.small_data import command
 from utils.checkpoint import BEST, LATEST, load_checkpoint
 from utils.metrics import Metrics
-from utils.training import SGD
+from utils.optimizer import SGD
 
 
 def test_a_loss_that_is_no_number_stops_the_run(train, monkeypatch):

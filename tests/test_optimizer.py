@@ -1,9 +1,11 @@
 """The project's SGD against its equations and against checkpoints of PyTorch's own."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from utils.training import SGD
+from utils.optimizer import SGD
 
 SHAPES = ((30, 20), (30,), ())
 
@@ -22,7 +24,7 @@ def give(parameters, gradients):
 def test_steps_follow_the_equations(momentum):
     parameters, gradients = parameters_and_gradients(4)
     values, velocities = [parameter.detach().double() for parameter in parameters], [0.0] * len(parameters)
-    optimizer = SGD(parameters, 0.1, momentum, weight_decay=0.01, fused=True)
+    optimizer = SGD(parameters, 0.1, momentum, weight_decay=0.01)
     for step, gradient in enumerate(gradients):
         optimizer.param_groups[0]["lr"] = rate = 0.1 / (step + 1)
         give(parameters, gradient)
@@ -35,13 +37,14 @@ def test_steps_follow_the_equations(momentum):
 
 def test_goes_on_from_pytorchs_state_and_pytorch_from_its():
     results = []
-    for first, second in ((SGD, torch.optim.SGD), (torch.optim.SGD, SGD)):
+    pytorchs = partial(torch.optim.SGD, fused=True)
+    for first, second in ((SGD, pytorchs), (pytorchs, SGD)):
         parameters, gradients = parameters_and_gradients(4)
-        optimizer = first(parameters, 0.1, 0.9, fused=True)
+        optimizer = first(parameters, 0.1, 0.9)
         for step, gradient in enumerate(gradients):
             if step == 2:
                 state = optimizer.state_dict()
-                optimizer = second(parameters, 0.1, 0.9, fused=True)
+                optimizer = second(parameters, 0.1, 0.9)
                 optimizer.load_state_dict(state)
             give(parameters, gradient)
             optimizer.step()
@@ -51,7 +54,7 @@ def test_goes_on_from_pytorchs_state_and_pytorch_from_its():
 
 def test_a_parameter_without_a_gradient_stays():
     parameters, gradients = parameters_and_gradients(3)
-    optimizer, start = SGD(parameters, 0.1, 0.9, fused=True), parameters[1].detach().clone()
+    optimizer, start = SGD(parameters, 0.1, 0.9), parameters[1].detach().clone()
     for gradient in gradients:
         give(parameters, gradient)
         parameters[1].grad = None

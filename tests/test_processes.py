@@ -26,7 +26,8 @@ from utils.data.batches import Batches, Samples
 from utils.errors import UserError
 from utils.experiment import main
 from utils.processes import average_gradients, check_batches, draw_independently, joined, share_network
-from utils.training import evaluate, make_optimizer, train_one_epoch
+from utils.optimizer import make_optimizer
+from utils.training import evaluate, train_one_epoch
 
 ARGS = Namespace(optimizer="SGD", lr=0.05, momentum=0.9, weight_decay=5e-4)
 TIME_STEPS = 6

@@ -70,7 +70,8 @@ def set_deterministic(wanted: bool) -> None:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(wanted)
+    if wanted != torch.are_deterministic_algorithms_enabled():  # The call imports torch.compile, which takes a second and 70 MB.
+        torch.use_deterministic_algorithms(wanted)
 
 
 def describe_device(device: torch.device) -> str:

@@ -13,7 +13,7 @@ from utils.data.batches import Batches
 from utils.epoch_state import EpochState
 from utils.errors import RunFailed, UserError
 from utils.log import read_log
-from utils.training import make_optimizer
+from utils.optimizer import make_optimizer
 
 # Flags that say where a run is and what is shown of it, and nothing of its result once it goes on.
 NOT_OF_THE_RESULT = {"checkpoint", "checkpoint_every", "evaluate", "firing_rate", "manualSeed", "path", "resume", "start_epoch", "workers"}

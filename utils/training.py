@@ -3,7 +3,6 @@
 import functools
 import gc
 import math
-from argparse import Namespace
 from typing import Callable, Optional
 
 import torch
@@ -23,32 +22,6 @@ from utils.processes import average_gradients, gathered, is_first, share_buffers
 ITERATIONS_PER_BAR_UPDATE = 10
 # The distance from equilibrium costs a pass over the rates, and a few batches tell it.
 ITERATIONS_PER_RESIDUAL = 50
-
-
-class SGD(torch.optim.SGD):
-    """PyTorch's fused SGD, which once every parameter has its momentum is the kernel alone: in a small network's step, what PyTorch
-    does around it takes as long as the kernel."""
-
-    @torch.no_grad()
-    def step(self) -> None:
-        groups = [[parameter for parameter in group["params"] if parameter.grad is not None] for group in self.param_groups]
-        momenta = [[self.state[parameter].get("momentum_buffer") for parameter in parameters] for parameters in groups]
-        if not all(buffers and all(buffer is not None for buffer in buffers) for buffers in momenta):
-            super().step()
-            return
-        for group, parameters, buffers in zip(self.param_groups, groups, momenta):
-            torch._fused_sgd_(parameters, [parameter.grad for parameter in parameters], buffers, weight_decay=group["weight_decay"],
-                              momentum=group["momentum"], lr=group["lr"], dampening=group["dampening"], nesterov=group["nesterov"],
-                              maximize=group["maximize"], is_first_step=False)
-
-    step.hooked = True  # Otherwise PyTorch wraps it in its hooks, of which there are none here.
-
-
-def make_optimizer(network: nn.Module, args: Namespace) -> torch.optim.Optimizer:
-    """SGD with momentum or Adam, in PyTorch's fused implementation."""
-    if args.optimizer == "Adam":
-        return torch.optim.Adam(network.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
-    return SGD(network.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
 
 
 class NotFinite(ArithmeticError):
