@@ -93,9 +93,10 @@ class Side:
 
     def _step(self) -> None:
         with torch.set_grad_enabled(self.case.training):
-            logits = self.network(self.x)
             if self.case.training:
                 self.optimizer.zero_grad()
+            logits = self.network(self.x)
+            if self.case.training:
                 F.cross_entropy(logits, self.labels).backward()
                 self.optimizer.step()
 

@@ -18,17 +18,18 @@ def dropout_mask(shape: Sequence[int], p: float, like: Tensor, seed: Union[int, 
     """One variational mask, Bernoulli(1−p)/(1−p) for each output unit, to be used at every time step of a pass.
 
     p is rounded to a multiple of 2⁻¹⁶, with which the mask's mean is exactly 1. The mask follows from the `seed`, 64 bits, and is the
-    same on every device, where its layout may be channels last. On a GPU the seed should be a tensor there, int64 (), as it is not read
-    on the host.
+    same on every device. It is laid out as the kernels read it, images channels last. On a GPU the seed should be a tensor there,
+    int64 (), as it is not read on the host.
     """
     drop, count = round(p * 65536), math.prod(shape)
-    scale = 65536 / (65536 - drop)
-    if native.serves(like):
-        return native.keep_mask(int(seed), count, drop - 32768, scale).view(shape)
-    kernels = gpu.kernels_for(like)
+    least, scale = drop - 32768, 65536 / (65536 - drop)
+    kernels = native if native.serves(like) else gpu.kernels_for(like)
     if kernels:
-        return kernels.keep_mask(seed, shape, drop, scale)
-    return random_draws(seed, count, like.device).to(like.dtype).ge_(drop - 32768).mul_(scale).view(shape)
+        mask = kernels.keep_mask(seed, count, least, scale)
+    else:
+        mask = random_draws(seed, count, like.device).to(like.dtype).ge_(least).mul_(scale)
+    batch, channels, *positions = shape
+    return mask.view(batch, *positions, channels).movedim(-1, 1)
 
 
 def random_draws(seed: Union[int, Tensor], count: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Optional, Tuple
+from typing import TYPE_CHECKING, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -156,10 +156,10 @@ def pack_rows(matrix: Tensor) -> Tensor:
     return packed
 
 
-def keep_mask(seed: int, count: int, least: int, scale: float) -> Tensor:
+def keep_mask(seed: Union[int, Tensor], count: int, least: int, scale: float) -> Tensor:
     """A float32 mask (count,): `scale` where a draw of `modules.dropout.random_draws` is at least `least`, else 0."""
     mask = torch.empty(count)
-    library().keep_mask(seed, mask.data_ptr(), count, least, scale)
+    library().keep_mask(int(seed), mask.data_ptr(), count, least, scale)
     return mask
 
 

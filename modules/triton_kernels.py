@@ -199,18 +199,15 @@ def _anderson_weights(gram, products, weights, slot, used, regularisation, MEMOR
 
 
 @triton.jit
-def _keep_mask(mask, n, seed, drop, scale, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    # Units are numbered channel by channel, whatever their layout.
-    within = at % (CHANNELS * POSITIONS)
-    unit = at - within + within % CHANNELS * POSITIONS + within // CHANNELS
+def _keep_mask(mask, n, seed, least, scale, BLOCK: tl.constexpr):
+    unit = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     word = (unit // 4 + 1).to(tl.uint64) * 0x9E3779B97F4A7C15 + tl.load(seed).to(tl.uint64)
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9
     word = (word ^ (word >> 27)) * 0x94D049BB133111EB
     word = word ^ (word >> 31)
     draw = (word >> (unit % 4 * 16).to(tl.uint64)).to(tl.int32) & 0xFFFF
-    kept = (draw ^ 0x8000) >= drop
-    tl.store(mask + at, tl.where(kept, scale, 0.0), at < n)
+    kept = (draw ^ 0x8000) - 0x8000 >= least
+    tl.store(mask + unit, tl.where(kept, scale, 0.0), unit < n)
 
 
 class State(NamedTuple):
@@ -302,11 +299,10 @@ def _tiles(channels_in: int, channels_out: int, strided: bool) -> tuple:
     return (64, 64, 128), dict(num_warps=4, num_stages=2, **(dict(maxnreg=128) if torch.version.cuda else {}))
 
 
-def keep_mask(seed: Tensor, shape: Sequence[int], drop: int, scale: float) -> Tensor:
-    """`scale` for the units of (batch, …) whose draw of 16 bits (`modules.dropout.random_draws`) is at least drop − 2¹⁵, 0 for the others."""
-    mask = torch.empty(tuple(shape), device=seed.device, memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
-    n = mask.numel()
-    _keep_mask[(_blocks(n, BLOCK),)](mask, n, seed, drop, scale, shape[1], max(1, n // max(1, shape[0] * shape[1])), BLOCK)
+def keep_mask(seed: Tensor, count: int, least: int, scale: float) -> Tensor:
+    """As `modules.native.keep_mask`, on the device of the seed, which is a tensor ()."""
+    mask = torch.empty(count, device=seed.device)
+    _keep_mask[(_blocks(count, BLOCK),)](mask, count, seed, least, scale, BLOCK)
     return mask
 
 

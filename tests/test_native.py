@@ -217,9 +217,10 @@ def test_the_kernels_serve_in_training_too(kind, monkeypatch):
     assert loop.feedback.native and all(synapses.native for synapses in loop.hidden)
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (300, 400)])
-def test_dropout_masks_equal_pytorchs(shape, monkeypatch):
+@pytest.mark.parametrize("shape", [(3, 5), (300, 400), (7, 33, 5, 3)])
+def test_dropout_masks_equal_pytorchs_and_lie_as_the_kernels_read_them(shape, monkeypatch):
     fast = dropout_mask(shape, 0.2, torch.empty(0), torch.tensor(-7))
+    assert fast.shape == shape and kernel_layout(fast).data_ptr() == fast.data_ptr()
     monkeypatch.setattr(native, "serves", lambda tensor: False)
     assert torch.equal(fast, dropout_mask(shape, 0.2, torch.empty(0), torch.tensor(-7)))
 

@@ -101,7 +101,7 @@ def in_process(rank, ports, folder):
         found["seen"] = seen_samples(rank)
         torch.manual_seed(3)
         draw_independently(3)
-        found["mask"] = dropout_mask((50,), 0.5, torch.zeros(0), *draw_seeds(1))
+        found["mask"] = dropout_mask((1, 50), 0.5, torch.zeros(0), *draw_seeds(1))
         found["shared"] = shared_network(rank)
         found["threads within"] = gloo_threads()
         cycle = [dist.group.WORLD]  # Nothing but the garbage collector ends it.

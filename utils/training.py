@@ -68,12 +68,12 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
                 group["lr"] = learning_rate(iteration)
             share_buffers(network)
             before = [buffer.clone() for buffer in network.buffers()] if on_nan == "skip" else []
+            for parameter in parameters:  # optimizer.zero_grad() takes ten times as long.
+                parameter.grad = None
             network.measures_residual = iteration % ITERATIONS_PER_RESIDUAL == 0
             logits = network(x)
             loss = F.cross_entropy(logits, labels)
             reading = Reading(total(loss.detach() + torch.cat(statistics).sum()))
-            for parameter in parameters:  # optimizer.zero_grad() takes ten times as long.
-                parameter.grad = None
             # The processes' gradients are averaged, and each sample of the batch counts the same.
             weight = process_count() * len(labels) / batches.whole(iteration)
             (loss if weight == 1 else loss * weight).backward()
