@@ -29,7 +29,7 @@ def dropout_mask(shape: Sequence[int], p: float, like: Tensor, seed: Union[int, 
     else:
         mask = random_draws(seed, count, like.device).to(like.dtype).ge_(least).mul_(scale)
     batch, channels, *positions = shape
-    return mask.view(batch, *positions, channels).movedim(-1, 1)
+    return mask.view(batch, *positions, channels).movedim(-1, 1) if positions else mask.view(batch, channels)
 
 
 def random_draws(seed: Union[int, Tensor], count: int, device: torch.device) -> Tensor:

@@ -103,9 +103,14 @@ def _transposed_order(kernel: int, stride: int) -> List[int]:
 
 
 @functools.lru_cache(maxsize=None)
+def dense_geometry(inputs: int, outputs: int) -> Geometry:
+    return Geometry(1, inputs, outputs, 1, [[(0, 1, 0)]])
+
+
+@functools.lru_cache(maxsize=None)
 def _geometry(map: LinearMap, input_shape: Tuple[int, ...], output_shape: Tuple[int, ...], kernel: Tuple[int, ...]) -> Geometry:
     if map.kind == "dense":
-        return Geometry(1, input_shape[0], output_shape[0], 1, [[(0, 1, 0)]])
+        return dense_geometry(input_shape[0], output_shape[0])
     window = _convolution_window if map.kind == "convolutional" else _transposed_window
     windows = [window(map, input_shape[1:], kernel, y, x) for y in range(output_shape[1]) for x in range(output_shape[2])]
     return Geometry(input_shape[1] * input_shape[2], input_shape[0], output_shape[0], kernel[0] * kernel[1], windows)

@@ -67,10 +67,42 @@ void add_rows(const struct map *map, const float *packed, const float *bias, con
 
 void list_active(const float *values, ptrdiff_t positions, ptrdiff_t channels, struct active *active);
 
+/* scale times a matrix (rows, columns) of any strides as panels of columns, with zeros behind the last one. */
+void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_stride, ptrdiff_t rows, ptrdiff_t columns, float scale,
+               float *packed);
+
+/* The factors of a product A B: A's element in row r and column k is at[r * row_step + k * depth_step]; B's row k has panels of PANEL
+ * neighbouring floats, panel p at[p * panel_step + k * depth_step]. B may be a matrix as it is or one that pack_rows has packed. */
+struct factor {
+    const float *at;
+    ptrdiff_t row_step, depth_step;
+};
+
+struct panels {
+    const float *at;
+    ptrdiff_t panel_step, depth_step;
+};
+
+/* out (rows, columns) = A B, where A has `depth` columns. */
+void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns);
+
 /* Memory of the calling thread, at least so many bytes, valid until its next call; null where there is none. */
 void *thread_scratch(size_t bytes);
 
 ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *mask, float *potential, int8_t *spikes, float *total,
                       ptrdiff_t n, float threshold, float leak);
+
+int simulate_layer(const struct map *map, const float *packed, const float *current, const float *mask, float *rate, ptrdiff_t batch,
+                   ptrdiff_t steps, ptrdiff_t first_expectation, double most, float normaliser, float threshold, float leak);
+
+int layer_equilibrium(const struct map *map, const float *packed, const float *rates, const float *current, const float *mask,
+                      float *mapped, float *slope, float *gain, ptrdiff_t batch, float threshold);
+
+int more_active_than(const float *values, ptrdiff_t n, double most);
+
+void power_iteration(const float *w, const float *u, float *next, float *v, float *sigma, ptrdiff_t rows, ptrdiff_t columns);
+
+void normalised_backward(const float *gradient, const float *w, const float *u, const float *v, float scale, float sigma, double *sums,
+                         float *along, float *gradient_w, ptrdiff_t rows, ptrdiff_t columns);
 
 #endif

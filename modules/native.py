@@ -9,7 +9,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Optional, Tuple, Union
+from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -25,8 +25,9 @@ _FOLDER = Path(__file__).parent
 # no OpenMP library: the symbols resolve to the one that PyTorch has loaded, and both share one set of threads.
 _COMPILE = ["cc", "-O3", "-fPIC", *(["-fopenmp"] if sys.platform == "linux" else []), "-c"]
 _TUNED = (["-march=native"], ["-mcpu=native"], [])  # Which of them a compiler knows depends on it and on the processor.
-_SOURCES = {"native_neuron.c": ["-ffp-contract=off"], "native_events.c": ["-ffp-contract=fast"],
-            "native_solve.c": ["-ffp-contract=fast"], "native_spectral.c": ["-ffp-contract=fast"]}
+_SOURCES = {"native_neuron.c": ["-ffp-contract=off"],
+            **dict.fromkeys(("native_events.c", "native_solve.c", "native_spectral.c", "native_dense.c", "native_layer.c"),
+                            ["-ffp-contract=fast"])}
 _LINK = ["cc", "-shared", "-lm"]
 
 
@@ -35,6 +36,18 @@ class MapStruct(ctypes.Structure):
 
     _fields_ = [(name, ctypes.c_ssize_t) for name in ("in_positions", "in_channels", "out_positions", "out_channels", "rows")] + \
                [(name, ctypes.c_void_p) for name in ("segments", "first", "to", "row")]
+
+
+class LayerStruct(ctypes.Structure):
+    """`struct layer` of native_layer.c."""
+
+    _fields_ = [*[(name, ctypes.c_ssize_t) for name in ("batch", "inputs", "units", "steps", "first_expectation")],
+                ("most_active", ctypes.c_double),
+                *[(name, ctypes.c_float) for name in ("threshold", "leak", "normaliser", "momentum", "epsilon")],
+                *[(name, ctypes.c_void_p) for name in (
+                    "map", "x", "weight", "bias", "gamma", "beta", "w", "g", "input_mask", "feedback_mask", "running_mean",
+                    "running_variance", "u", "v", "batches_tracked", "rate", "mapped", "gain", "slope", "normalised", "mean",
+                    "inverse_std", "new_u", "new_v", "sigma", "scale")]]
 
 
 @functools.lru_cache(maxsize=None)
@@ -56,7 +69,7 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.neuron_step_shared.restype = kernels.spike_step.restype = size
     kernels.product.argtypes = [pointer] * 5 + [size]
     kernels.layer_equilibrium.argtypes = [pointer] * 8 + [size, real]
-    kernels.pack_rows.argtypes = [pointer] + [size] * 4 + [pointer]
+    kernels.pack_rows.argtypes = [pointer] + [size] * 4 + [real, pointer]
     kernels.pack_rows.restype = None
     kernels.keep_mask.argtypes = [ctypes.c_uint64, pointer, size, ctypes.c_int, real]
     kernels.keep_mask.restype = None
@@ -67,6 +80,8 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.power_iteration.restype = kernels.normalised_backward.restype = None
     kernels.simulate_layer.argtypes = [pointer] * 5 + [size] * 3 + [double, real, real, real]
     kernels.more_active_than.argtypes = [pointer, size, double]
+    kernels.layer_forward.argtypes = [ctypes.POINTER(LayerStruct)]
+    kernels.layer_backward.argtypes = [ctypes.POINTER(LayerStruct), *[pointer] * 7]
     kernels.solve_layer.argtypes = [pointer] * 5 + [size, double, size, double] + [pointer] * 2
     return kernels
 
@@ -152,7 +167,7 @@ def pack_rows(matrix: Tensor) -> Tensor:
     """A matrix (rows, columns) as panels (panels, rows, PANEL), with zeros behind the last column."""
     rows, columns = matrix.shape
     packed = matrix.new_empty(-(-columns // PANEL), rows, PANEL)
-    library().pack_rows(matrix.data_ptr(), *matrix.stride(), rows, columns, packed.data_ptr())
+    library().pack_rows(matrix.data_ptr(), *matrix.stride(), rows, columns, 1.0, packed.data_ptr())
     return packed
 
 
@@ -222,6 +237,23 @@ def solve_layer(adjoint: "EventMap", gain: Tensor, gradient: Tensor, tol: float,
     _check(library().solve_layer(adjoint.geometry.pointer, *pointers, len(gradient), tol, max_iterations, regularisation,
                                  ctypes.byref(residual), ctypes.byref(products)))
     return v, residual.value, products.value / len(gradient)
+
+
+def layer_forward(layer: LayerStruct) -> bool:
+    """All of a single dense layer's training pass before the readout (native_layer.c).
+
+    False, with no statistic or singular vector changed, where the layer is too active for event-driven products.
+    """
+    return _check(library().layer_forward(layer)) == 0
+
+
+def layer_backward(layer: LayerStruct, v: Tensor, gradients: Sequence[Tensor]) -> None:
+    """Write the gradients in its six parameters, for the solved v (batch, units)."""
+    _check(library().layer_backward(layer, *pointers(v, *gradients)))
+
+
+def pointers(*tensors: Optional[Tensor]) -> List[Optional[int]]:
+    return [_pointer(tensor) for tensor in tensors]
 
 
 def _dense(tensor: Tensor) -> Tensor:

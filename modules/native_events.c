@@ -27,12 +27,12 @@ void *thread_scratch(size_t bytes)
 }
 
 #ifdef __AVX2__
-/* to[i][j] = from[j][i] for 8 x 8 floats, `to` having rows of PANEL. */
-static void transpose(const float *from, ptrdiff_t stride, float *to)
+/* to[i][j] = scale from[j][i] for 8 x 8 floats, `to` having rows of PANEL. */
+static void transpose(const float *from, ptrdiff_t stride, float scale, float *to)
 {
     __m256 row[8], pair[8];
     for (int j = 0; j < 8; j++)
-        row[j] = _mm256_loadu_ps(from + j * stride);
+        row[j] = _mm256_mul_ps(_mm256_loadu_ps(from + j * stride), _mm256_set1_ps(scale));
     for (int j = 0; j < 8; j += 2) { /* pair[j]: columns 0, 1, 4, 5 of rows j and j + 1; pair[j + 1]: columns 2, 3, 6, 7 */
         pair[j] = _mm256_unpacklo_ps(row[j], row[j + 1]);
         pair[j + 1] = _mm256_unpackhi_ps(row[j], row[j + 1]);
@@ -49,8 +49,8 @@ static void transpose(const float *from, ptrdiff_t stride, float *to)
 }
 #endif
 
-/* Pack a matrix (rows, columns) of any strides panel by panel, with zeros behind the last column. */
-void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_stride, ptrdiff_t rows, ptrdiff_t columns, float *packed)
+void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_stride, ptrdiff_t rows, ptrdiff_t columns, float scale,
+               float *packed)
 {
 #pragma omp parallel for
     for (ptrdiff_t first = 0; first < columns; first += PANEL) {
@@ -58,7 +58,8 @@ void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_strid
         ptrdiff_t width = columns - first < PANEL ? columns - first : PANEL;
         if (column_stride == 1 && width == PANEL) {
             for (ptrdiff_t i = 0; i < rows; i++)
-                memcpy(panel + i * PANEL, matrix + i * row_stride + first, PANEL * sizeof *panel);
+                for (ptrdiff_t j = 0; j < PANEL; j++)
+                    panel[i * PANEL + j] = scale * matrix[i * row_stride + first + j];
             continue;
         }
         ptrdiff_t i = 0;
@@ -66,11 +67,11 @@ void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_strid
         if (row_stride == 1 && width == PANEL)
             for (; i + 8 <= rows; i += 8)
                 for (ptrdiff_t j = 0; j < PANEL; j += 8)
-                    transpose(matrix + i + (first + j) * column_stride, column_stride, panel + i * PANEL + j);
+                    transpose(matrix + i + (first + j) * column_stride, column_stride, scale, panel + i * PANEL + j);
 #endif
         for (; i < rows; i++)
             for (ptrdiff_t j = 0; j < PANEL; j++)
-                panel[i * PANEL + j] = j < width ? matrix[i * row_stride + (first + j) * column_stride] : 0.0f;
+                panel[i * PANEL + j] = j < width ? scale * matrix[i * row_stride + (first + j) * column_stride] : 0.0f;
     }
 }
 

@@ -39,10 +39,9 @@ void power_iteration(const float *restrict w, const float *restrict u, float *re
 }
 
 /* For the gradient of scale w, where scale = gain / sigma(w) with u and v held constant: along = <gradient, w> / sigma, and
- * gradient_w = scale (gradient - along u v^T). `sums` (rows) is scratch. */
-void normalised_backward(const float *restrict gradient, const float *restrict w, const float *restrict u, const float *restrict v,
-                         float scale, float sigma, double *restrict sums, float *restrict along, float *restrict gradient_w,
-                         ptrdiff_t rows, ptrdiff_t columns)
+ * gradient_w = scale (gradient - along u v^T), which may be where the gradient is. `sums` (rows) is scratch. */
+void normalised_backward(const float *gradient, const float *w, const float *u, const float *v, float scale, float sigma, double *sums,
+                         float *along, float *gradient_w, ptrdiff_t rows, ptrdiff_t columns)
 {
     double sum = 0;
 #pragma omp parallel for if (rows * columns >= PARALLEL_FROM)
@@ -54,6 +53,7 @@ void normalised_backward(const float *restrict gradient, const float *restrict w
 #pragma omp parallel for if (rows * columns >= PARALLEL_FROM)
     for (ptrdiff_t i = 0; i < rows; i++) {
         const float outer = *along * u[i];
+#pragma omp simd
         for (ptrdiff_t j = 0; j < columns; j++)
             gradient_w[i * columns + j] = scale * (gradient[i * columns + j] - outer * v[j]);
     }

@@ -6,6 +6,7 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from modules import dense_layer
 from modules.bptt import unroll
 from modules.connection import Connection
 from modules.dropout import draw_seeds, dropout_mask, masked
@@ -84,6 +85,10 @@ class FeedbackSNN(nn.Module):
 
         With a surrogate the rate itself carries the gradient then.
         """
+        if observe is None and self._is_one_dense_layer and dense_layer.serves(self.input, self.feedback, self.neuron, x):
+            passed = dense_layer.run(self.input, self.feedback, self.neuron, x, masks, self.time_steps)
+            if passed is not None:
+                return passed
         weight, mean_input = self.feedback.normalised_weight(), self._mean_input(x)
         with self._rounded_products(x):
             current = self.input(mean_input, masks.input)
@@ -100,6 +105,10 @@ class FeedbackSNN(nn.Module):
         """The last layer's rate, and the simulation's feedback, the one of its connections that is needed again."""
         loop, source = self._loop(x, mean_input, current, weight, masks)
         return simulate(loop, source, self.time_steps, observe), loop.feedback
+
+    @property
+    def _is_one_dense_layer(self) -> bool:
+        return len(self.input_shape) == 1 and not (self.hidden or self.events or self.bf16_products or self._unrolled)
 
     @property
     def _unrolled(self) -> bool:
@@ -215,8 +224,8 @@ class FeedbackSNN(nn.Module):
         return Masks(first, others, last)
 
     def _check_input(self, x: Tensor) -> None:
-        expected = (f"(T={self.time_steps}, batch" if self.events else "(batch") + "".join(f", {n}" for n in self.input_shape) + ")"
         leading = 2 if self.events else 1
         wrong_shape = x.dim() != leading + len(self.input_shape) or tuple(x.shape[leading:]) != self.input_shape
         if wrong_shape or (self.events and x.shape[0] != self.time_steps):
+            expected = (f"(T={self.time_steps}, batch" if self.events else "(batch") + "".join(f", {n}" for n in self.input_shape) + ")"
             raise ValueError(f"the network takes an input of shape {expected}, not {tuple(x.shape)}")

@@ -1,0 +1,67 @@
+"""A training pass of a single dense layer as two calls of the C kernels, with the values and gradients of FeedbackSNN.run.
+
+In a layer as small as F400's, what PyTorch and Python do around each of a pass's many short operations takes as long as these. Where
+`serves` says so, all operations before the readout are one call here, and all after the backward solve another.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from modules import native
+from modules.connection import Connection
+from modules.event_driven import dense_geometry
+from modules.feedback import Feedback
+from modules.implicit import Pass
+from modules.jacobian import Link, TransposedJacobian
+from modules.neuron import Neuron, rate_normaliser
+from modules.simulation import FIRST_EXPECTATION, Masks
+
+# The fraction of active units below which the products that pass over the others beat dense ones with all that goes on around these.
+EVENT_DRIVEN_BELOW = 0.7
+
+
+def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor) -> bool:
+    """Whether `run` can take a layer of these parts, in training with static inputs x (batch, inputs). Parts that users changed it can't."""
+    linear, norm, w = connection.linear, connection.norm, feedback.w
+    plain = (type(connection) is Connection and type(feedback) is Feedback and type(linear) is nn.Linear and type(norm) is nn.BatchNorm1d
+             and neuron.has_kernels and feedback.operator_input is None and norm.momentum is not None)
+    return (plain and norm.training and feedback.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+            and native.serves(x) and native.serves(w) and linear.weight.is_contiguous() and w.is_contiguous()
+            and not x.requires_grad and len(x) > 1)
+
+
+def run(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor, masks: Masks, time_steps: int) -> Optional[Pass]:
+    """The pass; None, with nothing changed, where the layer is so active that dense products at every step are faster."""
+    linear, norm, x = connection.linear, connection.norm, x.contiguous()
+    parameters = linear.weight, linear.bias, norm.weight, norm.bias, feedback.w, feedback.g
+    (batch, inputs), units = x.shape, linear.out_features
+    layers, vectors, numbers = x.new_empty(5, batch, units), x.new_empty(4, units), x.new_empty(2)
+    given = [mask if mask is None else mask.contiguous() for mask in (masks.input, masks.feedback)]
+    rate, mapped, gain, *_ = results = layers.unbind()
+    layer = native.LayerStruct(
+        batch, inputs, units, time_steps, FIRST_EXPECTATION, EVENT_DRIVEN_BELOW, *neuron, rate_normaliser(time_steps, neuron.leak),
+        norm.momentum, norm.eps, dense_geometry(units, units).pointer, *native.pointers(
+            x, *parameters, *given, norm.running_mean, norm.running_var, feedback.u, feedback.v,
+            norm.num_batches_tracked, *results, *vectors, *numbers))
+    if not native.layer_forward(layer):
+        return None
+    mapped = _Gradient.apply(mapped, layer, (x, given, layers, vectors, numbers), *parameters)
+    return Pass(rate, mapped, TransposedJacobian([Link(feedback.map, feedback.w, (units,), gain)]))
+
+
+class _Gradient(torch.autograd.Function):
+    """`mapped` with its gradient in the parameters. `memory` is what the struct points to beside them."""
+
+    @staticmethod
+    def forward(ctx, mapped, layer, memory, *parameters):
+        ctx.layer, ctx.memory = layer, memory
+        ctx.save_for_backward(*parameters)  # It is an error if they have changed by then.
+        return mapped.view_as(mapped)
+
+    @staticmethod
+    def backward(ctx, v):
+        gradients = [torch.empty_like(parameter) for parameter in ctx.saved_tensors]
+        native.layer_backward(ctx.layer, v.contiguous(), gradients)
+        return (None, None, None, *gradients)

@@ -1,0 +1,56 @@
+/* Products of dense matrices, float32 on a CPU, in the sizes of a layer and a batch: a half to three quarters of the time of a library
+ * that scales the result first and copies both factors. */
+#include "native.h"
+
+#include <string.h>
+
+#define VECTORS (PANEL / LANES)
+#define ROWS (LANES == 16 ? 8 : 3) /* of the result that stay in the processor's registers, a panel wide */
+
+/* out = A B for `rows` rows and vectors * LANES columns of the result. */
+static inline __attribute__((always_inline)) void
+tile(struct factor a, const float *b, ptrdiff_t b_step, ptrdiff_t depth, float *out, ptrdiff_t columns, const int rows, const int vectors)
+{
+    vector sum[ROWS][VECTORS] = {{{0}}};
+    for (ptrdiff_t k = 0; k < depth; k++) {
+        const vector *row = (const vector *)(b + k * b_step);
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < vectors; v++)
+                sum[r][v] += row[v] * a.at[r * a.row_step + k * a.depth_step];
+    }
+    for (int r = 0; r < rows; r++)
+        memcpy(out + r * columns, sum[r], vectors * sizeof(vector));
+}
+
+/* The same for any number of rows and columns. */
+static void corner(struct factor a, const float *b, ptrdiff_t b_step, ptrdiff_t depth, float *out, ptrdiff_t columns, ptrdiff_t rows,
+                   ptrdiff_t width)
+{
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        float sum[PANEL] = {0};
+        for (ptrdiff_t k = 0; k < depth; k++)
+            for (ptrdiff_t j = 0; j < width; j++)
+                sum[j] += a.at[r * a.row_step + k * a.depth_step] * b[k * b_step + j];
+        memcpy(out + r * columns, sum, width * sizeof *sum);
+    }
+}
+
+void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns)
+{
+#pragma omp parallel for schedule(static)
+    for (ptrdiff_t r = 0; r < rows; r += ROWS) {
+        struct factor these = {a.at + r * a.row_step, a.row_step, a.depth_step};
+        ptrdiff_t height = rows - r < ROWS ? rows - r : ROWS;
+        for (ptrdiff_t first = 0; first < columns; first += PANEL) {
+            const float *panel = b.at + first / PANEL * b.panel_step;
+            float *to = out + r * columns + first;
+            ptrdiff_t width = columns - first < PANEL ? columns - first : PANEL;
+            if (height == ROWS && width == PANEL)
+                tile(these, panel, b.depth_step, depth, to, columns, ROWS, VECTORS);
+            else if (height == ROWS && width == PANEL / 2)
+                tile(these, panel, b.depth_step, depth, to, columns, ROWS, VECTORS / 2);
+            else
+                corner(these, panel, b.depth_step, depth, to, columns, height, width);
+        }
+    }
+}

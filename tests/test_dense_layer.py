@@ -1,0 +1,128 @@
+"""A dense layer's training pass in two calls, against the same pass module by module, which other tests hold against the naive one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from modules import dense_layer, native
+from modules.implicit import BackwardSolver
+from modules.neuron import Neuron, make_neuron
+from modules.synchronised_norm import synchronise_batch_norms
+from modules.zoo import f400
+from tests.networks import explicit_masks
+
+
+class OtherNeuron(Neuron):
+    pass
+
+
+def network_and_input(width=40, inputs=23, batch=11, leak=0.9, dropout=0.3, g=0.7, time_steps=7):
+    network = f400(width, inputs=inputs, neuron=make_neuron(0.8, leak), time_steps=time_steps, dropout=dropout, solver=BackwardSolver(tol=1e-6))
+    with torch.no_grad():
+        network.input.linear.bias.uniform_(-0.2, 0.2)
+        network.input.norm.weight.uniform_(0.5, 1.5)
+        network.input.norm.bias.uniform_(-0.6, 0.1)
+        network.input.norm.running_mean.uniform_(-0.2, 0.2)
+        network.feedback.g.fill_(g)
+    masks = [torch.rand(batch, width).ge(dropout) / (1 - dropout) if dropout else None for _ in range(2)]
+    explicit_masks(network, masks)
+    network.measures_residual = True
+    return network, torch.randn(batch, inputs)
+
+
+def step(network, x, monkeypatch, fast):
+    """Whether each pass was served in two calls, and what a training step leaves: logits, residual, gradients and buffers."""
+    served, real = [], native.layer_forward
+    monkeypatch.setattr(native, "layer_forward", lambda layer: served.append(real(layer)) or served[-1])
+    monkeypatch.setattr(dense_layer, "serves", dense_layer.serves if fast else lambda *parts: False)
+    logits = network(x)
+    logits.square().sum().backward()
+    monkeypatch.undo()
+    return served, {"logits": logits.detach(), "residual": network.residual,
+                    **{name: parameter.grad for name, parameter in network.named_parameters()},
+                    **{name: buffer.float() for name, buffer in network.named_buffers()}}
+
+
+def compare(network, x, monkeypatch):
+    plain = copy.deepcopy(network)
+    plain.draw_masks = network.draw_masks
+    served, fast = step(network, x, monkeypatch, fast=True)
+    never, slow = step(plain, x, monkeypatch, fast=False)
+    assert never == []
+    scale = max(gradient.norm() for name, gradient in slow.items() if name.endswith(("weight", ".w")))
+    for name, value in slow.items():
+        assert (fast[name] - value).norm() <= 1e-5 * value.norm() + 1e-6 * scale, name
+    assert min(slow[name].norm() for name in ("readout.weight", "input.linear.weight", "feedback.g")) > 0 or abs(network.feedback.g) > 1
+    return served
+
+
+# Panels of the kernels are 32 and 16 columns wide, their tiles 8 or 3 rows high, and a thread takes 16 units.
+@pytest.mark.parametrize("width,inputs,batch", [(40, 23, 11), (48, 64, 32), (16, 5, 2), (65, 100, 33), (400, 784, 24), (7, 1, 50)])
+@pytest.mark.parametrize("leak", [1.0, 0.9])
+def test_equals_the_pass_module_by_module(width, inputs, batch, leak, monkeypatch):
+    network, x = network_and_input(width, inputs, batch, leak)
+    assert compare(network, x, monkeypatch) == [True]
+
+
+@pytest.mark.parametrize("settings", [dict(dropout=0.0), dict(g=1.5), dict(g=-1.5), dict(g=-0.4), dict(g=0.0), dict(time_steps=1), dict(time_steps=25)], ids=str)
+def test_equals_it_at_the_edges_of_its_settings(settings, monkeypatch):
+    network, x = network_and_input(**settings)
+    assert compare(network, x, monkeypatch) == [True]
+
+
+def test_a_layer_that_is_too_active_runs_module_by_module_and_advances_once(monkeypatch):
+    network, x = network_and_input()
+    with torch.no_grad():
+        network.input.norm.bias.fill_(2.0)
+    assert compare(network, x, monkeypatch) == [False]
+    assert network.input.norm.num_batches_tracked == 1
+
+
+def test_several_threads_give_the_same_numbers():
+    results = []
+    for threads in (1, 2, 3):
+        torch.manual_seed(1)
+        torch.set_num_threads(threads)
+        network, x = network_and_input(200, 300, 64)
+        passed = dense_layer.run(network.input, network.feedback, network.neuron, x, network.draw_masks(x), network.time_steps)
+        passed.mapped.backward(torch.linspace(-1, 1, passed.mapped.numel()).view_as(passed.mapped))
+        gradients = [parameter.grad for name, parameter in network.named_parameters() if not name.startswith("readout")]
+        results.append([passed.rate, passed.mapped.detach(), *gradients, *network.buffers()])
+    assert results[0][0].sum() > 0
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+@pytest.mark.parametrize("change", [
+    lambda network: network.eval(), lambda network: network.input.eval(), lambda network: network.double(), synchronise_batch_norms,
+    lambda network: setattr(network, "neuron", OtherNeuron(*network.neuron)), lambda network: setattr(network.input.norm, "momentum", None),
+    lambda network: setattr(network.input, "linear", nn.Sequential(network.input.linear)), lambda network: setattr(network, "bf16_products", True),
+], ids=["evaluation", "frozen batch norm", "float64", "synchronised batch norm", "neuron", "momentum", "linear", "bfloat16"])
+def test_what_it_does_not_know_runs_module_by_module(change, monkeypatch):
+    network, x = network_and_input()
+    change(network)
+    monkeypatch.setattr(native, "layer_forward", None)
+    explicit_masks(network, [mask.to(network.feedback.w.dtype) for mask in (torch.ones(11, 40), torch.ones(11, 40))])
+    network(x.to(network.feedback.w.dtype)).square().sum().backward()
+    assert network.feedback.w.grad.norm() > 0 or not network.training
+
+
+def test_an_input_that_wants_a_gradient_gets_it():
+    network, x = network_and_input()
+    network(x.requires_grad_()).square().sum().backward()
+    assert x.grad.norm() > 0
+
+
+def test_the_gradient_can_be_taken_twice_but_not_after_an_update():
+    network, x = network_and_input()
+    loss = network(x).square().sum()
+    loss.backward(retain_graph=True)
+    once = network.feedback.w.grad.clone()
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(network.feedback.w.grad, 2 * once)
+    with torch.no_grad():
+        network.input.linear.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
