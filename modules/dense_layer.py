@@ -29,7 +29,7 @@ def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor
              and neuron.has_kernels and feedback.operator_input is None and norm.momentum is not None)
     return (plain and norm.training and feedback.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
             and native.serves(x) and native.serves(w) and linear.weight.is_contiguous() and w.is_contiguous()
-            and not x.requires_grad and len(x) > 1)
+            and not x.requires_grad and x.shape[0] > 1)
 
 
 def run(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor, masks: Masks, time_steps: int) -> Optional[Pass]:

@@ -119,7 +119,7 @@ def _compile(tuned: List[str], scratch: Path) -> None:
 
 def serves(tensor: Tensor) -> bool:
     """Whether the kernels can work on tensors like this one."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and library() is not None
+    return tensor.is_cpu and tensor.dtype == torch.float32 and library() is not None
 
 
 def neuron_step(current: Optional[Tensor], synaptic: Optional[Tensor], mask: Optional[Tensor], potential: Tensor, spikes: Tensor,

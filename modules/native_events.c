@@ -52,7 +52,7 @@ static void transpose(const float *from, ptrdiff_t stride, float scale, float *t
 void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_stride, ptrdiff_t rows, ptrdiff_t columns, float scale,
                float *packed)
 {
-#pragma omp parallel for
+#pragma omp parallel for schedule(dynamic, 1)
     for (ptrdiff_t first = 0; first < columns; first += PANEL) {
         float *panel = packed + first * rows;
         ptrdiff_t width = columns - first < PANEL ? columns - first : PANEL;

@@ -33,7 +33,7 @@ static void normalise_batch(const struct layer *layer, const float *restrict y, 
     ptrdiff_t batch = layer->batch, n = layer->units;
     float *restrict normalised = layer->normalised;
     const float *restrict mask = layer->input_mask;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(dynamic, 1)
     for (ptrdiff_t first = 0; first < n; first += UNITS) {
         ptrdiff_t count = n - first < UNITS ? n - first : UNITS;
         float means[UNITS], scales[UNITS];
@@ -106,40 +106,59 @@ int layer_forward(const struct layer *layer)
     return 0;
 }
 
-/* v^T's way back to what the feedback gave, `received`, and through the batch norm and its mask to what the weight gave, `delta`, whose
- * sums over samples are the gradients of beta, gamma and bias. */
-static void elementwise_backward(const struct layer *layer, const float *restrict v, float *restrict received, float *restrict delta,
-                                 float *restrict of_beta, float *restrict of_gamma, float *restrict of_bias)
+/* For `count` units from the `first` on: v^T's way back to what the feedback gave, `received`, and through the batch norm and its mask to
+ * what the weight gave, `delta`, whose sums over samples are the gradients of beta, gamma and bias. Constants let the compiler vectorise. */
+static inline __attribute__((always_inline)) void
+units_backward(const struct layer *layer, ptrdiff_t first, const int count, const int has_input_mask, const int has_feedback_mask,
+               const float *restrict v, float *restrict received, float *restrict delta, float *restrict of_beta, float *restrict of_gamma,
+               float *restrict of_bias)
 {
     ptrdiff_t batch = layer->batch, n = layer->units;
     const float *restrict slope = layer->slope, *restrict normalised = layer->normalised;
     const float *restrict input_mask = layer->input_mask, *restrict feedback_mask = layer->feedback_mask;
-#pragma omp parallel for schedule(static)
-    for (ptrdiff_t first = 0; first < n; first += UNITS) {
-        ptrdiff_t count = n - first < UNITS ? n - first : UNITS;
-        float sums[UNITS] = {0}, along[UNITS] = {0}, left[UNITS] = {0}, steep[UNITS];
-        for (ptrdiff_t s = 0; s < batch; s++)
-            for (ptrdiff_t i = 0, at = s * n + first; i < count; i++, at++) {
-                float drive = v[at] * slope[at];
-                received[at] = feedback_mask ? drive * feedback_mask[at] : drive;
-                delta[at] = input_mask ? drive * input_mask[at] : drive;
-                sums[i] += delta[at];
-                along[i] += delta[at] * normalised[at];
-            }
-        for (ptrdiff_t i = 0; i < count; i++) {
-            steep[i] = layer->gamma[first + i] * layer->inverse_std[first + i];
-            of_beta[first + i] = sums[i];
-            of_gamma[first + i] = along[i];
-            sums[i] /= batch;
-            along[i] /= batch;
+    float sums[UNITS] = {0}, along[UNITS] = {0}, left[UNITS] = {0}, steep[UNITS];
+    for (ptrdiff_t s = 0; s < batch; s++)
+        for (int i = 0; i < count; i++) {
+            ptrdiff_t at = s * n + first + i;
+            float drive = v[at] * slope[at], through = has_input_mask ? drive * input_mask[at] : drive;
+            received[at] = has_feedback_mask ? drive * feedback_mask[at] : drive;
+            delta[at] = through;
+            sums[i] += through;
+            along[i] += through * normalised[at];
         }
-        for (ptrdiff_t s = 0; s < batch; s++)
-            for (ptrdiff_t i = 0, at = s * n + first; i < count; i++, at++) {
-                delta[at] = steep[i] * (delta[at] - sums[i] - normalised[at] * along[i]);
-                left[i] += delta[at];
-            }
-        memcpy(of_bias + first, left, count * sizeof *left);
+    for (int i = 0; i < count; i++) {
+        steep[i] = layer->gamma[first + i] * layer->inverse_std[first + i];
+        of_beta[first + i] = sums[i];
+        of_gamma[first + i] = along[i];
+        sums[i] /= batch;
+        along[i] /= batch;
     }
+    for (ptrdiff_t s = 0; s < batch; s++)
+        for (int i = 0; i < count; i++) {
+            ptrdiff_t at = s * n + first + i;
+            float change = steep[i] * (delta[at] - sums[i] - normalised[at] * along[i]);
+            delta[at] = change;
+            left[i] += change;
+        }
+    for (int i = 0; i < count; i++)
+        of_bias[first + i] = left[i];
+}
+
+#define MASKED(count, m, k) units_backward(layer, first, count, m, k, v, received, delta, of_beta, of_gamma, of_bias)
+
+static void elementwise_backward(const struct layer *layer, const float *v, float *received, float *delta, float *of_beta, float *of_gamma,
+                                 float *of_bias)
+{
+    ptrdiff_t n = layer->units;
+    int masked = layer->input_mask && layer->feedback_mask;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (ptrdiff_t first = 0; first < n; first += UNITS)
+        if (first + UNITS <= n && masked)
+            MASKED(UNITS, 1, 1);
+        else if (first + UNITS <= n && !layer->input_mask && !layer->feedback_mask)
+            MASKED(UNITS, 0, 0);
+        else
+            MASKED(n - first < UNITS ? n - first : UNITS, layer->input_mask != NULL, layer->feedback_mask != NULL);
 }
 
 /* The gradients of v^T mapped in every parameter, for v (batch, units). Returns -1 where memory is short, else 0. */

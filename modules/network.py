@@ -68,7 +68,7 @@ class FeedbackSNN(nn.Module):
     def forward(self, x: Tensor, observe: Optional[Observer] = None) -> Tensor:
         """Logits (batch, classes). `observe` is passed on to the simulation."""
         self._check_input(x)
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(x) if x.is_cuda else nullcontext():
             graphed = x.is_cuda and self.uses_graphs and observe is None and not self._unrolled
             rate = self._graphed(self, x) if graphed else self.rate(x, self.draw_masks(x), observe)
             with self._rounded_products(x):
