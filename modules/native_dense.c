@@ -49,7 +49,12 @@ void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows,
                 tile(these, panel, b.depth_step, depth, to, columns, ROWS, VECTORS);
             else if (height == ROWS && width == PANEL / 2)
                 tile(these, panel, b.depth_step, depth, to, columns, ROWS, VECTORS / 2);
-            else
+            else if (height == ROWS && b.depth_step == PANEL) { /* packed, with zeros behind the last column */
+                float all[ROWS * PANEL];
+                tile(these, panel, b.depth_step, depth, all, PANEL, ROWS, VECTORS);
+                for (int i = 0; i < ROWS; i++)
+                    memcpy(to + i * columns, all + i * PANEL, width * sizeof *to);
+            } else
                 corner(these, panel, b.depth_step, depth, to, columns, height, width);
         }
     }
