@@ -13,6 +13,7 @@ from modules import native
 from modules.connection import Connection
 from modules.event_driven import dense_geometry
 from modules.feedback import Feedback
+from modules.hooks import has_hooks
 from modules.implicit import Pass
 from modules.jacobian import Link, TransposedJacobian
 from modules.neuron import Neuron, rate_normaliser
@@ -25,6 +26,8 @@ EVENT_DRIVEN_BELOW = 0.7
 def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor) -> bool:
     """Whether `run` can take a layer of these parts, in training with static inputs x (batch, inputs). Parts that users changed it can't."""
     linear, norm, w = connection.linear, connection.norm, feedback.w
+    if any(map(has_hooks, (connection, linear, norm, feedback))):
+        return False
     plain = (type(connection) is Connection and type(feedback) is Feedback and type(linear) is nn.Linear and type(norm) is nn.BatchNorm1d
              and neuron.has_kernels and feedback.operator_input is None and norm.momentum is not None)
     return (plain and norm.training and feedback.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from modules.gpu import capturing, not_captured, stream_aside, take_at_once
 from modules.graphed_solve import GraphedJacobian
+from modules.hooks import has_hooks
 from modules.implicit import Pass
 from modules.synchronised_norm import SynchronisedBatchNorm
 
@@ -188,8 +189,7 @@ def _kind(network: "FeedbackSNN", x: Tensor) -> Optional[Tuple]:
     """Everything that a captured pass takes for granted; None where connections have hooks."""
     modules = []
     for module in network.modules():
-        if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks) \
-                and module not in (network, network.readout):
+        if has_hooks(module) and module not in (network, network.readout):
             return None
         tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
         modules.append((module.training, getattr(module, "momentum", None), getattr(module, "eps", None),
