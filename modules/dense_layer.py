@@ -24,7 +24,7 @@ EVENT_DRIVEN_BELOW = 0.7
 
 
 def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor) -> bool:
-    """Whether `run` can take a layer of these parts, in training with static inputs x (batch, inputs). Parts that users changed it can't."""
+    """Whether `run` can take a layer of these parts and an input x (batch, inputs): in training, in float32 on a CPU, with no part changed."""
     linear, norm, w = connection.linear, connection.norm, feedback.w
     if any(map(has_hooks, (connection, linear, norm, feedback))):
         return False
@@ -36,7 +36,10 @@ def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor
 
 
 def run(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor, masks: Masks, time_steps: int) -> Optional[Pass]:
-    """The pass; None, with nothing changed, where the layer is so active that dense products at every step are faster."""
+    """The pass for a static input x (batch, inputs), with masks (batch, units) or None; running statistics and singular vectors advance.
+
+    None, and nothing advances, where the layer is so active that dense products at every step are faster.
+    """
     linear, norm, x = connection.linear, connection.norm, x.contiguous()
     parameters = linear.weight, linear.bias, norm.weight, norm.bias, feedback.w, feedback.g
     (batch, inputs), units = x.shape, linear.out_features

@@ -106,8 +106,8 @@ int layer_forward(const struct layer *layer)
     return 0;
 }
 
-/* For `count` units from the `first` on: v^T's way back to what the feedback gave, `received`, and through the batch norm and its mask to
- * what the weight gave, `delta`, whose sums over samples are the gradients of beta, gamma and bias. Constants let the compiler vectorise. */
+/* For `count` units from the `first` on: v^T's way back to what the feedback gave, `received`, and through the batch norm and its mask
+ * to what the weight gave, `delta`, and its sums, the gradients of beta, gamma and bias. Constants let the compiler vectorise. */
 static inline __attribute__((always_inline)) void
 units_backward(const struct layer *layer, ptrdiff_t first, const int count, const int has_input_mask, const int has_feedback_mask,
                const float *restrict v, float *restrict received, float *restrict delta, float *restrict of_beta, float *restrict of_gamma,
@@ -162,8 +162,8 @@ static void elementwise_backward(const struct layer *layer, const float *v, floa
 }
 
 /* The gradients of v^T mapped in every parameter, for v (batch, units). Returns -1 where memory is short, else 0. */
-int layer_backward(const struct layer *layer, const float *v, float *of_weight, float *of_bias, float *of_gamma, float *of_beta, float *of_w,
-                   float *of_g)
+int layer_backward(const struct layer *layer, const float *v, float *of_weight, float *of_bias, float *of_gamma, float *of_beta,
+                   float *of_w, float *of_g)
 {
     ptrdiff_t batch = layer->batch, inputs = layer->inputs, n = layer->units;
     float *scratch = malloc(sizeof *scratch * (2 * n + 2 * batch * n));

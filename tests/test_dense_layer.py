@@ -18,8 +18,9 @@ class OtherNeuron(Neuron):
     pass
 
 
-def network_and_input(width=40, inputs=23, batch=11, leak=0.9, dropout=0.3, g=0.7, time_steps=7):
-    network = f400(width, inputs=inputs, neuron=make_neuron(0.8, leak), time_steps=time_steps, dropout=dropout, solver=BackwardSolver(tol=1e-6))
+def network_and_input(width=40, inputs=23, batch=11, leak=0.9, dropout=0.3, g=0.7, time_steps=7, method="anderson"):
+    network = f400(width, inputs=inputs, neuron=make_neuron(0.8, leak), time_steps=time_steps, dropout=dropout,
+                   solver=BackwardSolver(method, tol=1e-6, max_iterations=100))
     with torch.no_grad():
         network.input.linear.bias.uniform_(-0.2, 0.2)
         network.input.norm.weight.uniform_(0.5, 1.5)
@@ -66,7 +67,10 @@ def test_equals_the_pass_module_by_module(width, inputs, batch, leak, monkeypatc
     assert compare(network, x, monkeypatch) == [True]
 
 
-@pytest.mark.parametrize("settings", [dict(dropout=0.0), dict(g=1.5), dict(g=-1.5), dict(g=-0.4), dict(g=0.0), dict(time_steps=1), dict(time_steps=25)], ids=str)
+@pytest.mark.parametrize("settings", [
+    dict(dropout=0.0), dict(g=1.5), dict(g=-1.5), dict(g=-0.4), dict(g=0.0), dict(time_steps=1), dict(time_steps=25),
+    dict(method="broyden"), dict(method="fixed-point"),
+], ids=str)
 def test_equals_it_at_the_edges_of_its_settings(settings, monkeypatch):
     network, x = network_and_input(**settings)
     assert compare(network, x, monkeypatch) == [True]
@@ -78,6 +82,15 @@ def test_a_layer_that_is_too_active_runs_module_by_module_and_advances_once(monk
         network.input.norm.bias.fill_(2.0)
     assert compare(network, x, monkeypatch) == [False]
     assert network.input.norm.num_batches_tracked == 1
+
+
+def test_a_quiet_layer_whose_rates_could_nearly_all_change_is_solved_by_dense_products(monkeypatch):
+    network, x = network_and_input(time_steps=1, dropout=0.05)
+    with torch.no_grad():
+        network.input.norm.weight.fill_(0.05)
+        network.input.norm.bias.fill_(0.4)[:4] = 0.9  # Below the threshold, but for four of 40 units.
+    monkeypatch.setattr(native, "solve_layer", None)
+    assert compare(network, x, monkeypatch) == [True]
 
 
 def test_several_threads_give_the_same_numbers():
