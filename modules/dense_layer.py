@@ -24,7 +24,7 @@ EVENT_DRIVEN_BELOW = 0.7
 
 
 def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor) -> bool:
-    """Whether `run` can take a layer of these parts and an input x (batch, inputs): in training, in float32 on a CPU, with no part changed."""
+    """Whether `run` can take these parts and x (batch, inputs): in training, in float32 on a CPU, with no part that somebody changed."""
     linear, norm, w = connection.linear, connection.norm, feedback.w
     if any(map(has_hooks, (connection, linear, norm, feedback))):
         return False

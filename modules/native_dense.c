@@ -1,5 +1,5 @@
-/* Products of dense matrices, float32 on a CPU, in the sizes of a layer and a batch: three quarters of the time of a library that scales the
- * result first and copies both factors. */
+/* Products of dense matrices, float32 on a CPU, in the sizes of a layer and a batch: three quarters of the time of a library that scales
+ * the result first and copies both factors. */
 #include "native.h"
 
 #include <string.h>

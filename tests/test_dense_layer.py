@@ -111,7 +111,8 @@ def test_several_threads_give_the_same_numbers():
 @pytest.mark.parametrize("change", [
     lambda network: network.eval(), lambda network: network.input.eval(), lambda network: network.double(), synchronise_batch_norms,
     lambda network: setattr(network, "neuron", OtherNeuron(*network.neuron)), lambda network: setattr(network.input.norm, "momentum", None),
-    lambda network: setattr(network.input, "linear", nn.Sequential(network.input.linear)), lambda network: setattr(network, "bf16_products", True),
+    lambda network: setattr(network.input, "linear", nn.Sequential(network.input.linear)),
+    lambda network: setattr(network, "bf16_products", True),
     lambda network: network.input.norm.register_forward_hook(lambda *_: None),
 ], ids=["evaluation", "frozen batch norm", "float64", "synchronised batch norm", "neuron", "momentum", "linear", "bfloat16", "hook"])
 def test_what_it_does_not_know_runs_module_by_module(change, monkeypatch):
