@@ -23,16 +23,24 @@ from modules.simulation import FIRST_EXPECTATION, Masks
 EVENT_DRIVEN_BELOW = 0.7
 
 
-def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor) -> bool:
-    """Whether `run` can take these parts and x (batch, inputs): in training, in float32 on a CPU, with no part that somebody changed."""
+def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor, masks: Masks) -> bool:
+    """Whether `run` can take these parts, x (batch, inputs) and masks: in training, in float32 on a CPU, with no part that somebody changed.
+
+    The kernels check nothing, so what is refused here runs module by module, and fails there with PyTorch's message where it must.
+    """
     linear, norm, w = connection.linear, connection.norm, feedback.w
     if any(map(has_hooks, (connection, linear, norm, feedback))):
         return False
     plain = (type(connection) is Connection and type(feedback) is Feedback and type(linear) is nn.Linear and type(norm) is nn.BatchNorm1d
-             and neuron.has_kernels and feedback.operator_input is None and norm.momentum is not None)
-    return (plain and norm.training and feedback.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-            and native.serves(x) and native.serves(w) and linear.weight.is_contiguous() and w.is_contiguous()
-            and not x.requires_grad and x.shape[0] > 1)
+             and neuron.has_kernels and feedback.operator_input is None and linear.bias is not None
+             and norm.affine and norm.track_running_stats and norm.momentum is not None)
+    if not (plain and norm.training and feedback.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")):
+        return False
+    (batch, inputs), units = x.shape, norm.num_features
+    fitting = linear.weight.shape == (units, inputs) and w.shape == (units, units)
+    return (fitting and batch > 1 and not x.requires_grad and linear.weight.is_contiguous() and w.is_contiguous()
+            and all(map(native.serves, (x, linear.weight, w)))
+            and all(mask is None or native.serves(mask) and mask.shape == (batch, units) for mask in (masks.input, masks.feedback)))
 
 
 def run(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor, masks: Masks, time_steps: int) -> Optional[Pass]:

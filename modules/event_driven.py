@@ -104,6 +104,7 @@ def _transposed_order(kernel: int, stride: int) -> List[int]:
 
 @functools.lru_cache(maxsize=None)
 def dense_geometry(inputs: int, outputs: int) -> Geometry:
+    """That of every dense map of these sizes: one position, whose one segment is all inputs."""
     return Geometry(1, inputs, outputs, 1, [[(0, 1, 0)]])
 
 

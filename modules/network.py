@@ -85,7 +85,7 @@ class FeedbackSNN(nn.Module):
 
         With a surrogate the rate itself carries the gradient then.
         """
-        if observe is None and self._is_one_dense_layer and dense_layer.serves(self.input, self.feedback, self.neuron, x):
+        if observe is None and self._is_one_dense_layer and dense_layer.serves(self.input, self.feedback, self.neuron, x, masks):
             passed = dense_layer.run(self.input, self.feedback, self.neuron, x, masks, self.time_steps)
             if passed is not None:
                 return passed

@@ -114,7 +114,10 @@ def test_several_threads_give_the_same_numbers():
     lambda network: setattr(network.input, "linear", nn.Sequential(network.input.linear)),
     lambda network: setattr(network, "bf16_products", True),
     lambda network: network.input.norm.register_forward_hook(lambda *_: None),
-], ids=["evaluation", "frozen batch norm", "float64", "synchronised batch norm", "neuron", "momentum", "linear", "bfloat16", "hook"])
+    lambda network: setattr(network.input, "norm", nn.BatchNorm1d(40, affine=False)),
+    lambda network: setattr(network.input, "linear", nn.Linear(23, 40, bias=False)),
+], ids=["evaluation", "frozen batch norm", "float64", "synchronised batch norm", "neuron", "momentum", "linear", "bfloat16", "hook",
+        "no weight in the batch norm", "no bias"])
 def test_what_it_does_not_know_runs_module_by_module(change, monkeypatch):
     network, x = network_and_input()
     change(network)
@@ -141,3 +144,14 @@ def test_the_gradient_can_be_taken_twice_but_not_after_an_update():
         network.input.linear.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_masks_and_weights_that_do_not_fit_are_left_to_pytorch(monkeypatch):
+    network, x = network_and_input()
+    monkeypatch.setattr(native, "layer_forward", None)
+    explicit_masks(network, [torch.ones(1, 40), torch.ones(11, 40)])  # One mask for all samples is as good.
+    network.input(x, network.draw_masks(x).input).sum().backward()
+    assert not dense_layer.serves(network.input, network.feedback, network.neuron, x, network.draw_masks(x))
+    network.input.linear = nn.Linear(23, 39)
+    with pytest.raises((RuntimeError, ValueError), match="size|shape|match|dimension|running_mean"):
+        network(x)

@@ -60,3 +60,10 @@ def test_a_parameter_without_a_gradient_stays():
         parameters[1].grad = None
         optimizer.step()
     assert torch.equal(parameters[1].detach(), start) and not torch.equal(parameters[0].detach(), parameters_and_gradients(1)[0][0].detach())
+
+
+def test_a_step_without_any_gradient_changes_nothing():
+    parameters, _ = parameters_and_gradients(1)
+    before = [parameter.detach().clone() for parameter in parameters]
+    SGD(parameters, 0.1, 0.9).step()
+    assert all(map(torch.equal, before, parameters))

@@ -20,6 +20,8 @@ class SGD(torch.optim.SGD):
     def step(self) -> None:
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
             momenta = [self._momentum(parameter) for parameter in parameters] if group["momentum"] else []
             torch._fused_sgd_(parameters, [parameter.grad for parameter in parameters], momenta, weight_decay=group["weight_decay"],
                               momentum=group["momentum"], lr=group["lr"], dampening=group["dampening"], nesterov=group["nesterov"],
@@ -37,6 +39,7 @@ class SGD(torch.optim.SGD):
 
 
 def make_optimizer(network: nn.Module, args: Namespace) -> torch.optim.Optimizer:
+    """The one that --optimizer names, of the network's parameters."""
     if args.optimizer == "Adam":
         return torch.optim.Adam(network.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
     return SGD(network.parameters(), args.lr, args.momentum, args.weight_decay)
