@@ -51,7 +51,7 @@ def run(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor, m
     linear, norm, x = connection.linear, connection.norm, x.contiguous()
     parameters = linear.weight, linear.bias, norm.weight, norm.bias, feedback.w, feedback.g
     (batch, inputs), units = x.shape, linear.out_features
-    layers, vectors, numbers = x.new_empty(5, batch, units), x.new_empty(4, units), x.new_empty(2)
+    layers, vectors, numbers = x.new_empty(5, batch, units), x.new_empty(5, units), x.new_empty(2)
     given = [mask if mask is None else mask.contiguous() for mask in (masks.input, masks.feedback)]
     rate, mapped, gain, *_ = results = layers.unbind()
     layer = native.LayerStruct(

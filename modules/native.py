@@ -47,7 +47,7 @@ class LayerStruct(ctypes.Structure):
                 *[(name, ctypes.c_void_p) for name in (
                     "map", "x", "weight", "bias", "gamma", "beta", "w", "g", "input_mask", "feedback_mask", "running_mean",
                     "running_variance", "u", "v", "batches_tracked", "rate", "mapped", "gain", "slope", "normalised", "mean",
-                    "inverse_std", "new_u", "new_v", "sigma", "scale")]]
+                    "variance", "inverse_std", "new_u", "new_v", "sigma", "scale")]]
 
 
 @functools.lru_cache(maxsize=None)

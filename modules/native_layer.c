@@ -19,7 +19,7 @@ struct layer {
     /* The first call's results. The feedback is scale w, so that mapped's slope in w a is scale times that in B a: `gain`. `normalised` is
      * what the batch norm has before gamma and beta, `slope` mapped's slope in the input current. */
     float *rate, *mapped, *gain, *slope, *normalised;
-    float *mean, *inverse_std, *new_u, *new_v, *sigma, *scale; /* (units) each, the last two one number */
+    float *mean, *variance, *inverse_std, *new_u, *new_v, *sigma, *scale; /* (units) each, the last two one number */
 };
 
 static ptrdiff_t packed_floats(ptrdiff_t rows, ptrdiff_t columns)
@@ -49,6 +49,7 @@ static void normalise_batch(const struct layer *layer, const float *restrict y, 
                 squares += (row[s] - means[i]) * (row[s] - means[i]);
             scales[i] = 1 / sqrtf(squares / batch + layer->epsilon);
             layer->mean[first + i] = means[i] + layer->bias[first + i];
+            layer->variance[first + i] = squares / (batch - 1);
             layer->inverse_std[first + i] = scales[i];
         }
         for (ptrdiff_t s = 0; s < batch; s++)
@@ -98,9 +99,8 @@ int layer_forward(const struct layer *layer)
     memcpy(layer->u, layer->new_u, n * sizeof *layer->u);
     memcpy(layer->v, layer->new_v, n * sizeof *layer->v);
     for (ptrdiff_t i = 0; i < n; i++) {
-        float variance = (1 / (layer->inverse_std[i] * layer->inverse_std[i]) - layer->epsilon) * batch / (batch - 1);
         layer->running_mean[i] += layer->momentum * (layer->mean[i] - layer->running_mean[i]);
-        layer->running_variance[i] += layer->momentum * (variance - layer->running_variance[i]);
+        layer->running_variance[i] += layer->momentum * (layer->variance[i] - layer->running_variance[i]);
     }
     ++*layer->batches_tracked;
     return 0;
