@@ -5,9 +5,13 @@ from typing import Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
+from modules import hidden_layer
 from modules.dropout import masked
+from modules.hidden_layer import SaturatedNorm
+from modules.hooks import has_hooks
 from modules.jacobian import BatchNormDerivative, Link
-from modules.linear_map import LinearMap, scaled_filters
+from modules.linear_map import LinearMap
+from modules.neuron import Neuron
 from modules.simulation import Synapses
 from modules.synchronised_norm import SynchronisedBatchNorm, SynchronisedNormDerivative, spread_statistics
 
@@ -42,6 +46,25 @@ class Connection(nn.Module):
         # Under bf16_products the linear map alone is bfloat16.
         return masked(self.norm(self.linear(x).to(x.dtype)), mask)
 
+    def rate(self, x: Tensor, neuron: Neuron, mask: Optional[Tensor],
+             source: Optional[SaturatedNorm] = None) -> Tuple[Tensor, Optional[SaturatedNorm]]:
+        """The rate that a layer settles at under this connection's current for the rate x of the layer before, and what can make it again.
+
+        The latter is None where PyTorch's graph keeps the rate; `source` is the same for x.
+        """
+        if hidden_layer.serves(self, neuron, x, mask):
+            return hidden_layer.rate(self, neuron, x, mask, source)
+        return neuron.masked_equilibrium(self(x), mask)[0], None
+
+    def rate_and_link(self, x: Tensor, neuron: Neuron, mask: Optional[Tensor], training: bool) -> Tuple[Tensor, Link]:
+        """The same rate and the link of Jᵀ there; `training` as in `linearised`."""
+        if training and hidden_layer.serves(self, neuron, x, mask):
+            rate, saturated = SaturatedNorm.at(self.linear(x), self.norm, mask, neuron.threshold)
+            return rate, Link(self.map, self.linear.weight, x.shape[1:], norm=saturated)
+        drive, link = self.linearised(x, training)
+        rate, gain = neuron.masked_equilibrium(drive, mask)
+        return rate, link._replace(gain=gain)
+
     def linearised(self, x: Tensor, training: bool) -> Tuple[Tensor, Link]:
         """The output at `x` before any mask, and the link of Jᵀ there, with ones for its gain.
 
@@ -71,8 +94,15 @@ class Connection(nn.Module):
         # Folded in float64 and rounded once: a spike hangs on the last digits of a membrane potential.
         scale = self.norm.weight.double() * torch.rsqrt(variance.double() + self.norm.eps)
         bias = (self.linear.bias - mean) * scale + self.norm.bias
-        weight = scaled_filters(self.map, self.linear.weight, scale)
-        return Synapses(self.map, weight.to(mean.dtype), bias.to(mean.dtype), input_shape)
+        return Synapses(self.map, self.linear.weight, bias.to(mean.dtype), input_shape, scale)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether kernels can stand for it: nobody has put another class in a part's place, hooked into one or taken a parameter away."""
+        linear, norm = self.linear, self.norm
+        return (type(self) is Connection and type(linear) in (nn.Linear, nn.Conv2d) and type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d)
+                and None not in (linear.bias, norm.weight, norm.bias, norm.running_mean, norm.momentum)
+                and not any(map(has_hooks, (self, linear, norm))))
 
     @property
     def _synchronised(self) -> bool:

@@ -29,12 +29,9 @@ def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor
     The kernels check nothing, so what is refused here runs module by module, and fails there with PyTorch's message where it must.
     """
     linear, norm, w = connection.linear, connection.norm, feedback.w
-    if any(map(has_hooks, (connection, linear, norm, feedback))):
-        return False
-    plain = (type(connection) is Connection and type(feedback) is Feedback and type(linear) is nn.Linear and type(norm) is nn.BatchNorm1d
-             and neuron.has_kernels and feedback.operator_input is None and linear.bias is not None
-             and norm.affine and norm.track_running_stats and norm.momentum is not None)
-    if not (plain and norm.training and feedback.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")):
+    plain = connection.is_plain and type(feedback) is Feedback and not has_hooks(feedback) and type(linear) is nn.Linear
+    if not (plain and neuron.has_kernels and feedback.operator_input is None and norm.training and feedback.training
+            and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")):
         return False
     (batch, inputs), units = x.shape, norm.num_features
     fitting = linear.weight.shape == (units, inputs) and w.shape == (units, units)

@@ -8,6 +8,7 @@ from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from modules.across_processes import InnerProducts, process_rank
 from modules.event_driven import kernel_layout
@@ -80,12 +81,16 @@ class BackwardSolver:
 class _ImplicitGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rate, mapped, vjp, solver):
-        ctx.vjp, ctx.solver = vjp, solver
+        tensors, ctx.vjp, ctx.solver = [], lambda tensors: vjp, solver
+        if isinstance(vjp, TransposedJacobian):
+            tensors, ctx.vjp = vjp.taken_apart()  # Autograd frees them after the solve, unless it is to retain the graph.
+        ctx.save_for_backward(*tensors)
         return rate.view_as(rate)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
-        return None, ctx.solver(ctx.vjp, gradient), None, None
+        return None, ctx.solver(ctx.vjp(ctx.saved_tensors), gradient), None, None
 
 
 class Pass(NamedTuple):

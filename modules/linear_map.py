@@ -20,9 +20,11 @@ class LinearMap(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module) -> "LinearMap":
-        """The map that an nn.Linear, nn.Conv2d or nn.ConvTranspose2d applies."""
+        """The map that an nn.Linear, nn.Conv2d or nn.ConvTranspose2d applies; the last two without groups, dilation or another padding."""
         if isinstance(module, nn.Linear):
             return cls("dense")
+        if (module.groups, module.dilation, module.padding_mode) != (1, (1, 1), "zeros") or isinstance(module.padding, str):
+            raise ValueError(f"a connection can't have groups, dilation, a padding mode or a padding given as a word: {module}")
         if isinstance(module, nn.Conv2d):
             return cls("convolutional", module.stride, module.padding)
         return cls("transposed", module.stride, module.padding, module.output_padding)

@@ -90,7 +90,7 @@ void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows,
 void *thread_scratch(size_t bytes);
 
 ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *mask, float *potential, int8_t *spikes, float *total,
-                      ptrdiff_t n, float threshold, float leak);
+                      uint8_t *count, ptrdiff_t n, float threshold, float leak);
 
 int simulate_layer(const struct map *map, const float *packed, const float *current, const float *mask, float *rate, ptrdiff_t batch,
                    ptrdiff_t steps, ptrdiff_t first_expectation, double most, float normaliser, float threshold, float leak);

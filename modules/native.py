@@ -26,7 +26,7 @@ _FOLDER = Path(__file__).parent
 _COMPILE = ["cc", "-O3", "-fPIC", *(["-fopenmp"] if sys.platform == "linux" else []), "-c"]
 _TUNED = (["-march=native"], ["-mcpu=native"], [])  # Which of them a compiler knows depends on it and on the processor.
 _SOURCES = {"native_neuron.c": ["-ffp-contract=off"],
-            **dict.fromkeys(("native_events.c", "native_solve.c", "native_spectral.c", "native_dense.c", "native_layer.c"),
+            **dict.fromkeys(("native_events.c", "native_solve.c", "native_spectral.c", "native_dense.c", "native_layer.c", "native_norm.c"),
                             ["-ffp-contract=fast"])}
 _LINK = ["cc", "-shared", "-lm"]
 
@@ -50,6 +50,14 @@ class LayerStruct(ctypes.Structure):
                     "variance", "inverse_std", "new_u", "new_v", "sigma", "scale")]]
 
 
+class NormStruct(ctypes.Structure):
+    """`struct norm` of native_norm.c."""
+
+    _fields_ = [*[(name, ctypes.c_ssize_t) for name in ("rows", "channels")], *[(name, ctypes.c_float) for name in ("epsilon", "threshold")],
+                *[(name, ctypes.c_void_p) for name in (
+                    "y", "mask", "gamma", "beta", "mean", "variance", "inverse_std", "keep", "state")]]
+
+
 @functools.lru_cache(maxsize=None)
 def library() -> Optional[ctypes.CDLL]:
     """The compiled kernels, built on first use and kept in the user's cache folder; None, with a warning, if that fails.
@@ -64,9 +72,10 @@ def library() -> Optional[ctypes.CDLL]:
         warnings.warn(f"the C kernels could not be built ({error}); the slower PyTorch operations serve instead")
         return None
     pointer, size, real, double = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float, ctypes.c_double
-    kernels.neuron_step_shared.argtypes = [pointer] * 6 + [size, real, real]
-    kernels.spike_step.argtypes = [pointer] * 10 + [size, real, real]
+    kernels.neuron_step_shared.argtypes = [pointer] * 7 + [size, real, real]
+    kernels.spike_step.argtypes = [pointer] * 11 + [size, real, real]
     kernels.neuron_step_shared.restype = kernels.spike_step.restype = size
+    kernels.spike_drive.argtypes = [pointer] * 8 + [size]
     kernels.product.argtypes = [pointer] * 5 + [size]
     kernels.layer_equilibrium.argtypes = [pointer] * 8 + [size, real]
     kernels.pack_rows.argtypes = [pointer] + [size] * 4 + [real, pointer]
@@ -82,6 +91,8 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.more_active_than.argtypes = [pointer, size, double]
     kernels.layer_forward.argtypes = [ctypes.POINTER(LayerStruct)]
     kernels.layer_backward.argtypes = [ctypes.POINTER(LayerStruct), *[pointer] * 7]
+    kernels.norm_forward.argtypes = kernels.norm_rates.argtypes = [ctypes.POINTER(NormStruct), pointer]
+    kernels.norm_backward.argtypes = [ctypes.POINTER(NormStruct), *[pointer] * 4]
     kernels.solve_layer.argtypes = [pointer] * 5 + [size, double, size, double] + [pointer] * 2
     return kernels
 
@@ -123,24 +134,33 @@ def serves(tensor: Tensor) -> bool:
 
 
 def neuron_step(current: Optional[Tensor], synaptic: Optional[Tensor], mask: Optional[Tensor], potential: Tensor, spikes: Tensor,
-                total: Optional[Tensor], threshold: float, leak: float) -> int:
-    """One time step in place: I = current + mask · synaptic, then `modules.neuron.neuron_step`, then total ← λ total + s.
+                total: Optional[Tensor], count: Optional[Tensor], threshold: float, leak: float) -> int:
+    """One time step in place: I = current + mask · synaptic, then `modules.neuron.neuron_step`, then total ← λ total + s or count ← count + s.
 
-    All tensors are float32 but the spikes, int8, on the CPU, of one shape and one dense memory layout; at least one of `current` and
-    `synaptic` is given. The potential is 0 at rest or has come from here. Returns the number of spikes.
+    All tensors are float32 but the spikes, int8, and the count, uint8, on the CPU, of one shape and one dense memory layout; at least one
+    of `current` and `synaptic` is given, and at most one of `total` and `count`. The potential is 0 at rest or has come from here. Returns
+    the number of spikes.
     """
-    return library().neuron_step_shared(*map(_pointer, (current, synaptic, mask, potential, spikes, total)), potential.numel(), threshold, leak)
+    pointers = map(_pointer, (current, synaptic, mask, potential, spikes, total, count))
+    return library().neuron_step_shared(*pointers, potential.numel(), threshold, leak)
 
 
 def spike_step(synapses: "EventMap", source: Tensor, expected: Optional[Tensor], current: Optional[Tensor], mask: Optional[Tensor],
-               potential: Tensor, spikes: Tensor, total: Optional[Tensor], threshold: float, leak: float) -> int:
+               potential: Tensor, spikes: Tensor, total: Optional[Tensor], count: Optional[Tensor], threshold: float, leak: float) -> int:
     """The same, with the synaptic current computed from the spikes `source` by an event-driven map: I = current + mask · (W s + b).
 
-    Where spikes are `expected`, s stands for the departure from them. All tensors are float32, spikes int8, on the CPU and laid out
-    as `kernel_layout` gives them. Returns the number of spikes.
+    Where spikes are `expected`, s stands for the departure from them. All tensors are laid out as `kernel_layout` gives them. Returns the
+    number of spikes.
     """
-    pointers = map(_pointer, (synapses.packed, synapses.bias, source, expected, current, mask, potential, spikes, total))
+    pointers = map(_pointer, (synapses.packed, synapses.bias, source, expected, current, mask, potential, spikes, total, count))
     return _check(library().spike_step(synapses.geometry.pointer, *pointers, len(source), threshold, leak))
+
+
+def spike_drive(synapses: "EventMap", source: Tensor, expected: Optional[Tensor], current: Optional[Tensor], mask: Optional[Tensor],
+                drive: Tensor) -> None:
+    """Write the same current, I, into `drive`, which may be `current` itself."""
+    pointers = map(_pointer, (synapses.packed, synapses.bias, source, expected, current, mask, drive))
+    _check(library().spike_drive(synapses.geometry.pointer, *pointers, len(source)))
 
 
 def product(map: "EventMap", x: Tensor) -> Tensor:
@@ -250,6 +270,22 @@ def layer_forward(layer: LayerStruct) -> bool:
 def layer_backward(layer: LayerStruct, v: Tensor, gradients: Sequence[Tensor]) -> None:
     """Write the gradients in its six parameters, for the solved v (batch, units)."""
     _check(library().layer_backward(layer, *pointers(v, *gradients)))
+
+
+def norm_forward(norm: NormStruct, rate: Tensor) -> None:
+    """Write the rates after a batch norm, mask and clamp (native_norm.c), and what the gradient needs where `norm` points to."""
+    if _check(library().norm_forward(norm, rate.data_ptr())):
+        raise ValueError("a dropout mask has one value at all the units that it keeps, and 0 at the others")
+
+
+def norm_rates(norm: NormStruct, rate: Tensor) -> None:
+    """Write the same rates again."""
+    _check(library().norm_rates(norm, rate.data_ptr()))
+
+
+def norm_backward(norm: NormStruct, gradient: Tensor, of_y: Tensor, of_gamma: Optional[Tensor], of_beta: Optional[Tensor]) -> None:
+    """Write the gradients for one in the rates; `of_y` may be that one itself."""
+    _check(library().norm_backward(norm, *pointers(gradient, of_y, of_gamma, of_beta)))
 
 
 def pointers(*tensors: Optional[Tensor]) -> List[Optional[int]]:

@@ -267,12 +267,29 @@ static void place_group(const struct map *map, char *scratch, struct active *act
     }
 }
 
+/* products = bias + W (source - expected) for `count` samples, a group, of (in_positions, in_channels) each; expected may be null. Their
+ * place is in the calling thread's scratch. Returns -1 where memory is short, else 0. */
+static int group_products(const struct map *map, const float *packed, const float *bias, const int8_t *source, const int8_t *expected,
+                          float **products, int count)
+{
+    ptrdiff_t inputs = map->in_positions * map->in_channels;
+    struct active active[GROUP];
+    char *scratch = thread_scratch(group_bytes(map));
+    if (!scratch)
+        return -1;
+    place_group(map, scratch, active, products);
+    for (int s = 0; s < count; s++)
+        list_departures(map, source + s * inputs, expected ? expected + s * inputs : NULL, active[s].factors, active + s);
+    add_rows(map, packed, bias, active, products, count);
+    return 0;
+}
+
 /* One time step of a layer whose input comes through `map` from the spikes `source` (batch, in_positions, in_channels):
- * I = current + mask * (bias + W (source - expected)), then neuron_step. expected (like source), current and mask may be null; all the
- * others are (batch, out_positions, out_channels). Returns the number of spikes, -1 where memory is short. */
+ * I = current + mask * (bias + W (source - expected)), then neuron_step. expected (like source), current, mask, total and counts may be
+ * null; all the others are (batch, out_positions, out_channels). Returns the number of spikes, -1 where memory is short. */
 ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bias, const int8_t *source, const int8_t *expected,
-                     const float *current, const float *mask, float *potential, int8_t *spikes, float *total, ptrdiff_t batch,
-                     float threshold, float leak)
+                     const float *current, const float *mask, float *potential, int8_t *spikes, float *total, uint8_t *counts,
+                     ptrdiff_t batch, float threshold, float leak)
 {
     ptrdiff_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels, fired = 0;
     ptrdiff_t group = group_size(batch);
@@ -280,25 +297,37 @@ ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bi
 #pragma omp parallel for schedule(dynamic, 1) reduction(+ : fired) reduction(| : failed)
     for (ptrdiff_t first = 0; first < batch; first += group) {
         int count = batch - first < group ? batch - first : group;
-        struct active active[GROUP];
-        float *products[GROUP], *scratch = thread_scratch(group_bytes(map));
-        if (!scratch) {
-            failed = 1;
-            continue;
-        }
-        place_group(map, (char *)scratch, active, products);
-        for (int s = 0; s < count; s++) {
-            ptrdiff_t at = (first + s) * inputs;
-            list_departures(map, source + at, expected ? expected + at : NULL, active[s].factors, active + s);
-        }
-        add_rows(map, packed, bias, active, products, count);
-        for (int s = 0; s < count; s++) {
+        float *products[GROUP];
+        const int8_t *from = source + first * inputs, *before = expected ? expected + first * inputs : NULL;
+        failed |= group_products(map, packed, bias, from, before, products, count) < 0;
+        for (int s = 0; !failed && s < count; s++) {
             ptrdiff_t at = (first + s) * outputs;
             fired += neuron_step(current ? current + at : NULL, products[s], mask ? mask + at : NULL, potential + at, spikes + at,
-                                 total ? total + at : NULL, outputs, threshold, leak);
+                                 total ? total + at : NULL, counts ? counts + at : NULL, outputs, threshold, leak);
         }
     }
     return failed ? -1 : fired;
+}
+
+/* The I of spike_step alone, drive (batch, out_positions, out_channels), which current may be itself. Returns -1 where memory is short,
+ * else 0. */
+int spike_drive(const struct map *map, const float *packed, const float *bias, const int8_t *source, const int8_t *expected,
+                const float *current, const float *mask, float *drive, ptrdiff_t batch)
+{
+    ptrdiff_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels;
+    ptrdiff_t group = group_size(batch);
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic, 1) reduction(| : failed)
+    for (ptrdiff_t first = 0; first < batch; first += group) {
+        int count = batch - first < group ? batch - first : group;
+        float *products[GROUP];
+        const int8_t *from = source + first * inputs, *before = expected ? expected + first * inputs : NULL;
+        failed |= group_products(map, packed, bias, from, before, products, count) < 0;
+        for (int s = 0; !failed && s < count; s++)
+            for (ptrdiff_t i = 0, at = (first + s) * outputs; i < outputs; i++, at++)
+                drive[at] = (current ? current[at] : 0.0f) + products[s][i] * (mask ? mask[at] : 1.0f);
+    }
+    return -failed;
 }
 
 /* out (batch, out_positions, out_channels) = bias + W source for source (batch, in_positions, in_channels) of any values. Returns -1
@@ -448,7 +477,8 @@ int simulate_layer(const struct map *map, const float *packed, const float *curr
                 add_departures(&group, map, packed, size);
             for (int s = 0; s < size; s++)
                 fired += neuron_step(group.expects ? group.currents[s] : currents + s * n, t > 0 ? group.products[s] : NULL,
-                                     masks ? masks + s * n : NULL, group.potentials[s], group.spikes[s], total + s * n, n, threshold, leak);
+                                     masks ? masks + s * n : NULL, group.potentials[s], group.spikes[s], total + s * n, NULL, n,
+                                     threshold, leak);
             most_spikes = most_spikes * leak + 1;
             if (fired > most * size * n)
 #pragma omp atomic write

@@ -6,14 +6,15 @@
 #define STRETCH 8192 /* neurons that a thread takes at a time */
 #define DRAWS 1024 /* random numbers in the first-level cache */
 
-/* I = current + mask * synaptic;  u = leak (u - threshold s) + I;  s = u >= threshold;  total = leak total + s. The last step's s is
- * known from its u, so that spikes, a byte each, are written and not read. Parts that are absent (a null pointer) are left out; the flags
- * are constants, so each case is its own loop, which the compiler vectorises only where no flag is left in it. Returns the number of
- * spikes. */
+/* I = current + mask * synaptic;  u = leak (u - threshold s) + I;  s = u >= threshold;  total = leak total + s;  count = count + s. The
+ * last step's s is known from its u, so that spikes, a byte each, are written and not read. Parts that are absent (a null pointer) are left
+ * out; the flags are constants, so each case is its own loop, which the compiler vectorises only where no flag is left in it. Returns the
+ * number of spikes. */
 static inline __attribute__((always_inline)) ptrdiff_t
-step(const int has_current, const int has_synaptic, const int has_mask, const int has_total,
+step(const int has_current, const int has_synaptic, const int has_mask, const int has_total, const int has_count,
      const float *restrict current, const float *restrict synaptic, const float *restrict mask,
-     float *restrict potential, int8_t *restrict spikes, float *restrict total, ptrdiff_t n, float threshold, float leak)
+     float *restrict potential, int8_t *restrict spikes, float *restrict total, uint8_t *restrict count, ptrdiff_t n, float threshold,
+     float leak)
 {
     int fired = 0;
     for (ptrdiff_t i = 0; i < n; i++) {
@@ -29,16 +30,17 @@ step(const int has_current, const int has_synaptic, const int has_mask, const in
         spikes[i] = u >= threshold;
         if (has_total)
             total[i] = total[i] * leak + s;
+        if (has_count)
+            count[i] += u >= threshold;
     }
     return fired;
 }
 
-#define CASE(c, y, m) \
-    return total ? step(c, y, m, 1, current, synaptic, mask, potential, spikes, total, n, threshold, leak) \
-                 : step(c, y, m, 0, current, synaptic, mask, potential, spikes, total, n, threshold, leak)
+#define STEP(c, y, m, t, k) return step(c, y, m, t, k, current, synaptic, mask, potential, spikes, total, count, n, threshold, leak)
+#define CASE(c, y, m) do { if (total) STEP(c, y, m, 1, 0); if (count) STEP(c, y, m, 0, 1); STEP(c, y, m, 0, 0); } while (0)
 
 ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *mask, float *potential, int8_t *spikes, float *total,
-                      ptrdiff_t n, float threshold, float leak)
+                      uint8_t *count, ptrdiff_t n, float threshold, float leak)
 {
     if (!synaptic) CASE(1, 0, 0);
     if (current && mask) CASE(1, 1, 1);
@@ -49,13 +51,14 @@ ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *
 
 /* The same with the work shared among threads. */
 ptrdiff_t neuron_step_shared(const float *current, const float *synaptic, const float *mask, float *potential, int8_t *spikes,
-                             float *total, ptrdiff_t n, float threshold, float leak)
+                             float *total, uint8_t *count, ptrdiff_t n, float threshold, float leak)
 {
     ptrdiff_t fired = 0;
 #pragma omp parallel for reduction(+ : fired) if (n >= PARALLEL_FROM)
     for (ptrdiff_t at = 0; at < n; at += STRETCH)
         fired += neuron_step(current ? current + at : NULL, synaptic ? synaptic + at : NULL, mask ? mask + at : NULL, potential + at,
-                             spikes + at, total ? total + at : NULL, n - at < STRETCH ? n - at : STRETCH, threshold, leak);
+                             spikes + at, total ? total + at : NULL, count ? count + at : NULL, n - at < STRETCH ? n - at : STRETCH,
+                             threshold, leak);
     return fired;
 }
 

@@ -91,7 +91,7 @@ class FeedbackSNN(nn.Module):
                 return passed
         weight, mean_input = self.feedback.normalised_weight(), self._mean_input(x)
         with self._rounded_products(x):
-            current = self.input(mean_input, masks.input)
+            current = kernel_layout(self.input(mean_input, masks.input))
             if self._unrolled:
                 return Pass(self._unroll(x, mean_input, current, weight, masks, observe))
             rate, feedback = self._simulated(x, mean_input, current.detach(), weight.detach(), masks, observe)
@@ -129,9 +129,10 @@ class FeedbackSNN(nn.Module):
 
     def lap(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> List[Tensor]:
         """The rates of all layers on the lap of `equilibrium_map`, whose value is the last of them."""
-        rates = [self.neuron.equilibrium(self.feedback(current, rate, weight, masks.feedback))[0]]
+        rates, source = [self.neuron.equilibrium(self.feedback(current, rate, weight, masks.feedback))[0]], None
         for connection, mask in zip(self.hidden, masks.hidden or [None] * len(self.hidden)):
-            rates.append(self.neuron.masked_equilibrium(connection(rates[-1]), mask)[0])
+            following, source = connection.rate(rates[-1], self.neuron, mask, source)
+            rates.append(following)
         return rates
 
     def _equilibrium(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks,
@@ -162,14 +163,13 @@ class FeedbackSNN(nn.Module):
     @torch.no_grad()
     def transposed_jacobian(self, rate: Tensor, current: Tensor, weight: Tensor, masks: Masks = Masks()) -> TransposedJacobian:
         """Jᵀ of f at `rate`; the batch norms of hidden connections as in f, or on running statistics for jacobian_bn "eval"."""
-        training = self.training and self.jacobian_bn == "train"
         # The lap's values lie as the products with Jᵀ want them.
         layer_rate, slope = self.neuron.equilibrium(self.feedback(kernel_layout(current), kernel_layout(rate), weight, masks.feedback))
         links = [Link(self.feedback.map, weight, rate.shape[1:], masked(slope, masks.feedback))]
         for connection, mask in zip(self.hidden, masks.hidden or [None] * len(self.hidden)):
-            drive, link = connection.linearised(layer_rate, training)
-            layer_rate, gain = self.neuron.masked_equilibrium(drive, mask)
-            links.append(link._replace(gain=gain))
+            training = connection.norm.training and self.jacobian_bn == "train"
+            layer_rate, link = connection.rate_and_link(layer_rate, self.neuron, mask, training)
+            links.append(link)
         return TransposedJacobian(links)
 
     def _unroll(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor, masks: Masks,

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from modules import gpu, native
-from modules.dropout import masked
 from modules.event_driven import EventMap, event_map, kernel_layout, layer_equilibrium
-from modules.linear_map import LinearMap
+from modules.linear_map import LinearMap, scaled_filters
 from modules.neuron import Neuron, NeuronState, rate_normaliser, reached
 
 Observer = Callable[[int, List[Tensor]], None]
@@ -19,6 +18,7 @@ Observer = Callable[[int, List[Tensor]], None]
 EVENT_DRIVEN_BELOW = 0.4
 # Before this step of a static input, twice that and so on, if as many are still to come, a CPU's layers learn which spikes to expect.
 FIRST_EXPECTATION = 3
+MOST_COUNTED = 255  # steps, by a byte
 # On a CPU the samples are simulated in chunks whose state stays in the processor's cache, or which give each thread two groups of eight.
 CHUNK_BYTES = 8 * 2**20
 LEAST_CHUNK_PER_THREAD = 16
@@ -40,12 +40,14 @@ class Masks(NamedTuple):
 class Synapses:
     """A fixed affine map from spikes (batch, *input_shape) to current, W s + b, for use at every time step.
 
-    On a CPU it can touch only what spiked; `native` says whether the C kernels, which know no gradient, serve its weight.
+    W is `filters`, each output channel's multiplied by its entry of `scale` (channels,) if that is given, and rounded once. On a CPU the
+    map can touch only what spiked; `native` says whether the C kernels, which know no gradient, serve its weight.
     """
 
-    def __init__(self, map: LinearMap, weight: Tensor, bias: Optional[Tensor], input_shape: Sequence[int]):
-        self.map, self.weight, self.bias, self.input_shape = map, weight, bias, input_shape
-        self.native = native.serves(weight) and not weight.requires_grad
+    def __init__(self, map: LinearMap, filters: Tensor, bias: Optional[Tensor], input_shape: Sequence[int], scale: Optional[Tensor] = None):
+        self.map, self.bias, self.input_shape = map, bias, input_shape
+        self.native = native.serves(filters) and not (filters.requires_grad and torch.is_grad_enabled())
+        self._filters, self._scale = filters, scale
         self._events: Optional[EventMap] = None
 
     def __call__(self, spikes: Tensor) -> Tensor:
@@ -54,6 +56,14 @@ class Synapses:
     def product(self, spikes: Tensor) -> Tensor:
         """W s alone."""
         return self.map(spikes, self._factor)
+
+    @functools.cached_property
+    def weight(self) -> Tensor:
+        """W, made where something needs it as it is."""
+        return self._scaled_filters()
+
+    def _scaled_filters(self) -> Tensor:
+        return self._filters if self._scale is None else scaled_filters(self.map, self._filters, self._scale).to(self._filters.dtype)
 
     @functools.cached_property
     def convolves(self) -> bool:
@@ -95,7 +105,7 @@ class Synapses:
         if not self.native or rate >= EVENT_DRIVEN_BELOW:
             return None
         if self._events is None:
-            self._events = event_map(self.map, self.weight, self.bias, self.input_shape)
+            self._events = event_map(self.map, self._scaled_filters(), self.bias, self.input_shape)
         return self._events
 
 
@@ -113,13 +123,13 @@ class Expected(NamedTuple):
 
 
 class SpikingLayer:
-    """One layer during a simulation: its state, advanced in place step by step, and, if wanted, its firing rate.
+    """One layer during a simulation: its state, advanced in place step by step, and, if wanted, its firing rate or a count of its spikes.
 
     The spikes go to the synapses `after`. After T steps `rate()` is Σ_t λ^(T−1−t) s(t) / Σ_t λ^(T−1−t), of the layer's shape (batch, …).
-    Where the C kernels serve, `fired` is the fraction of neurons that spiked in the last step.
+    Where the C kernels serve, `fired` is the fraction of neurons that spiked in the last step. The count is a byte's.
     """
 
-    def __init__(self, shape: Sequence[int], like: Tensor, neuron: Neuron, with_rate: bool = False,
+    def __init__(self, shape: Sequence[int], like: Tensor, neuron: Neuron, with_rate: bool = False, with_count: bool = False,
                  after: Optional[Synapses] = None):
         self.neuron, self.steps, self.fired = neuron, 0, 0.0
         self.native = neuron.has_kernels and native.serves(like)
@@ -130,6 +140,7 @@ class SpikingLayer:
         dtype = torch.int8 if self.native else after.spike_dtype if self.triton and after else None
         self.spikes = torch.zeros_like(self.potential, dtype=dtype)
         self.total = torch.zeros_like(self.potential) if with_rate else None
+        self.count = torch.zeros_like(self.spikes, dtype=torch.uint8) if with_count and not with_rate else None
         self.expected: Optional[Expected] = None
 
     def step(self, current: Optional[Tensor], synapses: Optional[Synapses] = None, source: Optional["SpikingLayer"] = None,
@@ -152,7 +163,7 @@ class SpikingLayer:
             self.total.mul_(self.neuron.leak).add_(self.spikes)
 
     def _native_step(self, current, synapses, source, mask) -> int:
-        state = (self.potential, self.spikes, self.total, *self.neuron)
+        state = (self.potential, self.spikes, self.total, self.count, *self.neuron)
         events = synapses.event_driven(source.fired) if synapses is not None else None
         if events is not None and self.expected:
             return native.spike_step(events._replace(bias=None), source.spikes, *self.expected, mask, *state)
@@ -173,19 +184,26 @@ class SpikingLayer:
     def expect(self, current: Optional[Tensor], synapses: Synapses, source: "SpikingLayer", mask: Optional[Tensor]) -> None:
         """Have the C kernels touch, in later steps under the same current, only what departs from the spikes that are expected now.
 
-        Those are of the source's units that fired in at least half of the steps so far, which must be known to it as its rate. In a
-        trained network most spikes come from units like these, and near the equilibrium they go on firing.
+        Those are of the source's units that `fired_often`. In a trained network most spikes come from units like these, and near the
+        equilibrium they go on firing.
         """
         events = synapses.event_driven(source.fired)
         if events is None:
             return
-        spikes = source.total.ge(rate_normaliser(source.steps, source.neuron.leak) / 2).view(torch.int8)
+        spikes = source.fired_often()
         if self.expected is None:
-            change = masked(native.product(events, spikes.float()), mask)
+            drive = events.empty_output(len(spikes))
+            native.spike_drive(events, spikes, None, current, mask, drive)
         else:
-            change = masked(native.product(events._replace(bias=None), (spikes - self.expected.spikes).float()), mask)
-            current = self.expected.drive
-        self.expected = Expected(spikes, change if current is None else change.add_(current))
+            drive = self.expected.drive
+            native.spike_drive(events._replace(bias=None), spikes, self.expected.spikes, drive, mask, drive)
+        self.expected = Expected(spikes, drive)
+
+    def fired_often(self) -> Tensor:
+        """1 for the units that fired in at least half of the steps so far, int8: by the count, or the rate where that is known instead."""
+        if self.count is not None:
+            return self.count.ge((self.steps + 1) // 2).view(torch.int8)
+        return self.total.ge(rate_normaliser(self.steps, self.neuron.leak) / 2).view(torch.int8)
 
     def silence(self, mask: Tensor) -> None:
         """Have the units whose mask is 0 spike at no step."""
@@ -282,7 +300,7 @@ def _simulate_layer(loop: Loop, input: StaticInput, time_steps: int) -> Optional
 
 def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: int, observe: Optional[Observer]) -> Tensor:
     last, expectations = len(loop.shapes) - 1, _expectations(loop, input, time_steps)
-    layers = [SpikingLayer((len(input), *shape), loop.feedback.weight, loop.neuron, layer == last or bool(expectations), after)
+    layers = [SpikingLayer((len(input), *shape), loop.feedback.weight, loop.neuron, layer == last, bool(expectations), after)
               for layer, (shape, after) in enumerate(zip(loop.shapes, [*loop.hidden, loop.feedback]))]
     if layers[0].triton and observe is None:
         loop = _masks_folded(loop, layers)
@@ -294,8 +312,8 @@ def _simulate_chunk(loop: Loop, input: "StaticInput | EventInput", time_steps: i
             for layer, source in zip(layers, incoming):
                 layer.expect(*source)
             if t == expectations[-1]:
-                for layer in layers[:-1]:
-                    layer.total = None
+                for layer in layers:
+                    layer.count = None
         for layer, source in zip(layers, incoming):
             layer.step(*source)
         if observe is not None:
@@ -310,7 +328,7 @@ def _expectations(loop: Loop, input: "StaticInput | EventInput", time_steps: int
     if not (isinstance(input, StaticInput) and loop.feedback.native and loop.neuron.has_kernels):
         return []
     steps = (FIRST_EXPECTATION * 2**k for k in range(time_steps.bit_length()))
-    return [t for t in steps if 2 * t <= time_steps]
+    return [t for t in steps if 2 * t <= time_steps and t <= MOST_COUNTED]
 
 
 def _masks_folded(loop: Loop, layers: List[SpikingLayer]) -> Loop:

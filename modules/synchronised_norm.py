@@ -59,6 +59,8 @@ class SynchronisedNormDerivative(NamedTuple):
         mean, mean_along = total(torch.stack([q.sum(dims), (q * self.input).sum(dims)])) / self.count
         return _channels(self.scale, q) * (q - _channels(mean, q) - self.input * _channels(mean_along, q))
 
+    forward_product = __call__
+
 
 def spread_statistics(x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance (channels,) of all processes' x (batch, channels, …), and the count () behind them, in float64."""

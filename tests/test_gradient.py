@@ -1,6 +1,7 @@
 """The implicit gradient against a dense float64 solve, and against finite differences of re-solved equilibria."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -67,6 +68,16 @@ def test_products_equal_autograds(kind, jacobian_bn):
     v = torch.randn_like(point)
     assert reference(v).norm() > 0.01 * v.norm()
     torch.testing.assert_close(jacobian(v), reference(v), atol=1e-12, rtol=1e-12)
+
+
+def test_frozen_batch_norms_stand_in_the_jacobian_as_in_f():
+    network, x = small_network("multi-layer")
+    network.hidden.eval()
+    with torch.no_grad():
+        current, weight = network.input(x), network.feedback.normalised_weight()
+        point = torch.rand(len(current), *network.layer_shapes[-1], dtype=x.dtype)
+    reference, v = autograd_vjp(lambda a: network.equilibrium_map(a, current, weight), point), torch.randn_like(point)
+    torch.testing.assert_close(network.transposed_jacobian(point, current, weight)(v), reference(v), atol=1e-12, rtol=1e-12)
 
 
 def test_jacobian_bn_is_train_or_eval():
@@ -141,3 +152,27 @@ def test_non_convergence_is_counted():
 def test_impossible_solver_settings_are_refused(settings):
     with pytest.raises(ValueError):
         BackwardSolver(**settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("retained", [True, False])
+def test_the_jacobian_is_freed_after_the_solve_unless_the_graph_is_retained(kind, retained):
+    network, x = small_network(kind)
+    solver, links = network.solver, []
+
+    def recording(vjp, gradient):
+        links.extend(weakref.ref(link.gain) for link in vjp.links)
+        return solver(vjp, gradient)
+
+    network.solver = recording
+    loss = network(x).square().sum()
+    loss.backward(retain_graph=retained)
+    assert [link() is not None for link in links] == [retained] * len(network.layer_shapes) and loss.grad_fn is not None
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    """The solve has none: autograd would take v for a constant."""
+    network, x = small_network("multi-layer")
+    gradient, *_ = torch.autograd.grad(network(x).square().sum(), [network.hidden[0].linear.weight], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()

@@ -16,7 +16,7 @@ from modules.implicit import BackwardSolver
 from modules.jacobian import Link, TransposedJacobian
 from modules.linear_map import LinearMap
 from modules.neuron import equilibrium_rate, make_neuron
-from modules.simulation import SpikingLayer, Synapses, simulate
+from modules.simulation import SpikingLayer, StaticInput, Synapses, _expectations, simulate
 from tests import naive
 from tests.networks import KINDS, explicit_masks, small_network
 
@@ -119,18 +119,21 @@ def test_outputs_that_see_no_input_have_the_bias_alone():
                                                  (nn.ConvTranspose2d, (5, 33, 3, 2, 1, 1), (5, 4, 4))])
 @pytest.mark.parametrize("with_mask", [True, False])
 @pytest.mark.parametrize("with_current", [True, False])
-def test_steps_with_expected_spikes_equal_those_without(kind, settings, shape, with_mask, with_current):
+@pytest.mark.parametrize("known", ["rate", "count"])
+def test_steps_with_expected_spikes_equal_those_without(kind, settings, shape, with_mask, with_current, known):
     module, neuron, like, batch = kind(*settings), make_neuron(1.0, 0.9), torch.empty(1), 5
     synapses = Synapses(LinearMap.of(module), module.weight.detach(), module.bias.detach(), shape)
-    source = SpikingLayer((batch, *shape), like, neuron, with_rate=True)
+    source = SpikingLayer((batch, *shape), like, neuron, with_rate=known == "rate", with_count=True)
     output = (batch, *synapses.map.output_shape(shape, module.weight))
-    own, other = (SpikingLayer(output, like, neuron) for _ in range(2))
+    own, other = (SpikingLayer(output, like, neuron, with_count=True) for _ in range(2))
     mask = kernel_layout(torch.rand(output).ge(0.3) / 0.7) if with_mask else None
     incoming = (kernel_layout(torch.rand(output)) if with_current else None), synapses, source, mask
     rates = torch.rand(batch, *shape).pow(4)  # a few units fire at most steps
-    touched = {}
+    touched, counts, total = {}, [0, 0], 0
     for t in range(14):
         if t in (3, 6):
+            often = total / sum(0.9**k for k in range(t)) if known == "rate" else counts[0] / t
+            assert torch.equal(source.fired_often(), often.ge(0.5).to(torch.int8))
             own.expect(*incoming)
         # The current that brings each potential to 1 or −1.
         source.step(kernel_layout((torch.rand(rates.shape) < rates) * 2.0 - 1 - 0.9 * (source.potential - source.spikes)))
@@ -141,6 +144,8 @@ def test_steps_with_expected_spikes_equal_those_without(kind, settings, shape, w
         assert ((own.spikes == other.spikes) | ((other.potential - 1).abs() < 1e-4)).all()
         for state in "potential", "spikes":  # Where a spike differs by rounding, later ones would.
             getattr(own, state).copy_(getattr(other, state))
+        counts, total = [count + layer.spikes for count, layer in zip(counts, (source, own))], 0.9 * total + source.spikes
+        assert torch.equal(own.count, counts[1]) and (known == "rate" or torch.equal(source.count, counts[0]))
         if t >= 6:
             touched[t] = (source.spikes != own.expected.spikes).sum(), source.spikes.sum()
     departures, spikes = map(sum, zip(*touched.values()))
@@ -215,6 +220,8 @@ def test_the_kernels_serve_in_training_too(kind, monkeypatch):
     network(x.float()).sum().backward()
     (loop,) = loops
     assert loop.feedback.native and all(synapses.native for synapses in loop.hidden)
+    if kind != "events":
+        assert _expectations(loop, StaticInput(torch.ones(1)), 2000) == [3 * 2**k for k in range(7)], "a byte counts to 255"
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (300, 400), (7, 33, 5, 3)])
