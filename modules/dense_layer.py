@@ -36,7 +36,7 @@ def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor
     (batch, inputs), units = x.shape, norm.num_features
     fitting = linear.weight.shape == (units, inputs) and w.shape == (units, units)
     return (fitting and batch > 1 and not x.requires_grad and linear.weight.is_contiguous() and w.is_contiguous()
-            and all(map(native.serves, (x, linear.weight, w)))
+            and all(map(native.serves, (x, linear.weight, norm.weight, w)))
             and all(mask is None or native.serves(mask) and mask.shape == (batch, units) for mask in (masks.input, masks.feedback)))
 
 

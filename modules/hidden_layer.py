@@ -22,11 +22,12 @@ OPEN = 1  # of native_norm.c's states
 
 def serves(connection: "Connection", neuron: Neuron, x: Tensor, mask: Optional[Tensor]) -> bool:
     """Whether `rate` can take a connection, x (batch, …) and a mask: in training, in float32 on a CPU, with no part changed."""
-    if not (connection.is_plain and connection.norm.training and neuron.has_kernels) or torch.is_autocast_enabled("cpu"):
+    linear, norm = connection.linear, connection.norm
+    if not (connection.is_plain and norm.training and neuron.has_kernels) or torch.is_autocast_enabled("cpu"):
         return False
     shape = (len(x), *connection.output_shape(x.shape[1:]))
-    return (all(map(native.serves, (x, connection.linear.weight))) and (mask is None or native.serves(mask) and mask.shape == shape)
-            and shape[1] == connection.norm.num_features and math.prod(shape) > shape[1])
+    fitting = shape[1] == norm.num_features and math.prod(shape) > shape[1] and (mask is None or mask.shape == shape)
+    return fitting and all(tensor is None or native.serves(tensor) for tensor in (x, linear.weight, norm.weight, norm.bias, mask))
 
 
 def rate(connection: "Connection", neuron: Neuron, x: Tensor, mask: Optional[Tensor],
@@ -63,7 +64,7 @@ class SaturatedNorm(NamedTuple):
     def at(cls, y: Tensor, norm: nn.Module, mask: Optional[Tensor], threshold: float) -> Tuple[Tensor, "SaturatedNorm"]:
         """The rate for a linear map's output y (batch, channels, …), and what its gradient needs. No running statistic is updated."""
         y, mask, channels = kernel_layout(y), None if mask is None else kernel_layout(mask), y.shape[1]
-        parameters = norm.weight.detach(), norm.bias.detach()
+        parameters = norm.weight.detach().contiguous(), norm.bias.detach().contiguous()
         rate, state = torch.empty_like(y), torch.empty_like(y, dtype=torch.int8)
         (mean, variance, inverse_std), keep = y.new_empty(3, channels).unbind(), y.new_empty(())
         struct = native.NormStruct(y.numel() // channels, channels, norm.eps, threshold,

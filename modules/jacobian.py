@@ -5,7 +5,7 @@ v ↦ Wᵀ BN'ᵀ (gain · v) with gain = mask / V_th where the clamp lets a cha
 """
 
 import functools
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from modules.event_driven import event_map, kernel_layout
 from modules.linear_map import LinearMap
 from modules.solvers import Anderson, Solution
 from modules.synchronised_norm import SynchronisedNormDerivative
+
+if TYPE_CHECKING:
+    from modules.hidden_layer import SaturatedNorm
 
 # The fraction of units whose equilibrium rate can change below which the C kernel's solve beats PyTorch's dense products, on F64C5.
 EVENT_DRIVEN_BELOW = 0.7
@@ -43,17 +46,21 @@ class BatchNormDerivative(NamedTuple):
         return torch.ops.aten.native_batch_norm_backward(q, self.input, self.norm.weight, None, None, self.mean, self.inverse_std, True,
                                                          self.norm.eps, [True, False, False])[0]
 
-    forward_product = __call__  # It is symmetric.
+    forward_product = __call__  # The derivative of a batch norm is its own transpose.
 
 
 class Link(NamedTuple):
-    """One layer's part of Jᵀ: v ↦ Wᵀ BN'ᵀ (gain · v), from (batch, *its shape) to (batch, *input_shape)."""
+    """One layer's part of Jᵀ: v ↦ Wᵀ BN'ᵀ (gain · v), from (batch, *its shape) to (batch, *input_shape).
+
+    `norm` is BN'ᵀ as a function that may overwrite its argument, with BN' as its `forward_product`; modules/hidden_layer.py has one that
+    includes the gain.
+    """
 
     map: LinearMap
     weight: Tensor
     input_shape: Sequence[int]
     gain: Optional[Tensor] = None
-    norm: "BatchNormDerivative | SynchronisedNormDerivative | None" = None
+    norm: "BatchNormDerivative | SynchronisedNormDerivative | SaturatedNorm | None" = None
 
     def adjoint(self) -> Tuple[LinearMap, Tensor]:
         """Wᵀ as a map with its weight."""
@@ -63,7 +70,7 @@ class Link(NamedTuple):
         return map, kernel_layout(weight) if weight.is_cuda and map.kind != "dense" else weight
 
     def forward_product(self, u: Tensor) -> Tensor:
-        """The link of J itself, u ↦ gain · BN'(W u); the derivative of a batch norm is its own transpose."""
+        """The link of J itself, u ↦ gain · BN'(W u)."""
         q = self.map(u, self.weight)
         q = q if self.norm is None else self.norm.forward_product(q)
         return q if self.gain is None else q * self.gain
