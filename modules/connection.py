@@ -48,9 +48,9 @@ class Connection(nn.Module):
 
     def rate(self, x: Tensor, neuron: Neuron, mask: Optional[Tensor],
              source: Optional[SaturatedNorm] = None) -> Tuple[Tensor, Optional[SaturatedNorm]]:
-        """The rate that a layer settles at under this connection's current for the rate x of the layer before, and what can make it again.
+        """The rate that a layer settles at under this connection's current, for the rate x of the layer before, and what recomputes it.
 
-        The latter is None where PyTorch's graph keeps the rate; `source` is the same for x.
+        The latter is None where PyTorch's graph keeps the rate. `source` is what recomputes x, if something does.
         """
         if hidden_layer.serves(self, neuron, x, mask):
             return hidden_layer.rate(self, neuron, x, mask, source)
@@ -101,7 +101,8 @@ class Connection(nn.Module):
         """Whether kernels can stand for it: nobody has put another class in a part's place, hooked into one or taken a parameter away."""
         linear, norm = self.linear, self.norm
         return (type(self) is Connection and type(linear) in (nn.Linear, nn.Conv2d) and type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d)
-                and None not in (linear.bias, norm.weight, norm.bias, norm.running_mean, norm.momentum)
+                and norm.track_running_stats
+                and all(part is not None for part in (linear.bias, norm.weight, norm.bias, norm.running_mean, norm.momentum))
                 and not any(map(has_hooks, (self, linear, norm))))
 
     @property

@@ -8,6 +8,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from modules import native
 from modules.connection import Connection
@@ -72,6 +73,7 @@ class _Gradient(torch.autograd.Function):
         return mapped.view_as(mapped)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, v):
         gradients = [torch.empty_like(parameter) for parameter in ctx.saved_tensors]
         native.layer_backward(ctx.layer, v.contiguous(), gradients)

@@ -31,7 +31,7 @@ class EventMap(NamedTuple):
     def empty_output(self, batch: int) -> Tensor:
         """An uninitialised output (batch, *output_shape)."""
         layout = torch.channels_last if len(self.output_shape) == 3 else torch.contiguous_format
-        return torch.empty((batch, *self.output_shape), memory_format=layout)
+        return torch.empty((batch, *self.output_shape), dtype=self.packed.dtype, device=self.packed.device, memory_format=layout)
 
 
 class Geometry:

@@ -5,6 +5,7 @@ from typing import Optional, Sequence, Tuple, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from modules import native
 from modules.connection import unit_norm_filters_
@@ -38,6 +39,7 @@ class _SpectralNormalise(torch.autograd.Function):
         return w * scale
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         w, unclamped, scale, sigma, u, v = ctx.saved_tensors
         if native.serves(gradient):

@@ -5,10 +5,11 @@ the mask. This one keeps the output and a byte for each unit, from which the C k
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from modules import native
 from modules.event_driven import kernel_layout
@@ -17,7 +18,7 @@ from modules.neuron import Neuron
 if TYPE_CHECKING:
     from modules.connection import Connection
 
-OPEN = 1  # of native_norm.c's states
+OPEN = 1  # in the enum of native_norm.c
 
 
 def serves(connection: "Connection", neuron: Neuron, x: Tensor, mask: Optional[Tensor]) -> bool:
@@ -26,15 +27,16 @@ def serves(connection: "Connection", neuron: Neuron, x: Tensor, mask: Optional[T
     if not (connection.is_plain and norm.training and neuron.has_kernels) or torch.is_autocast_enabled("cpu"):
         return False
     shape = (len(x), *connection.output_shape(x.shape[1:]))
-    fitting = shape[1] == norm.num_features and math.prod(shape) > shape[1] and (mask is None or mask.shape == shape)
+    fitting = (x.dim() == linear.weight.dim() and norm.weight.shape == norm.bias.shape == norm.running_mean.shape == shape[1:2]
+               and math.prod(shape) > shape[1] and (mask is None or mask.shape == shape))
     return fitting and all(tensor is None or native.serves(tensor) for tensor in (x, linear.weight, norm.weight, norm.bias, mask))
 
 
 def rate(connection: "Connection", neuron: Neuron, x: Tensor, mask: Optional[Tensor],
          source: Optional["SaturatedNorm"]) -> Tuple[Tensor, "SaturatedNorm"]:
-    """The rate (batch, *layer shape) for the rate x of the layer before, and what can make it again; running statistics advance.
+    """The rate (batch, *layer shape) for the rate x of the layer before, and what recomputes it; running statistics advance.
 
-    `source` is what can make x again, so that x need not be kept.
+    `source` is what recomputes x, if something does, so that x need not be kept.
     """
     linear, norm = connection.linear, connection.norm
     with torch.no_grad():
@@ -46,71 +48,92 @@ def rate(connection: "Connection", neuron: Neuron, x: Tensor, mask: Optional[Ten
 
 
 class SaturatedNorm(NamedTuple):
-    """A batch norm in training mode with the dropout mask and the clamp behind it, at one point.
+    """A batch norm in training mode with the dropout mask and the clamp behind it, at the linear map's output y (batch, channels, …).
 
-    `struct` is what the C kernels see of it; the other fields are the memory behind that. As a link's derivative it includes the gain.
+    `state` says where the clamp stands (native_norm.c), `keep` is the value of the mask where it is not 0. Statistics, γ and β are
+    (channels,). As a link's derivative it includes the gain.
     """
 
-    struct: native.NormStruct
     y: Tensor
     state: Tensor
     mean: Tensor
     variance: Tensor
     inverse_std: Tensor
-    others: Sequence[Tensor]
+    gamma: Tensor
+    beta: Tensor
+    keep: Tensor
+    threshold: float
     joint = False
 
     @classmethod
     def at(cls, y: Tensor, norm: nn.Module, mask: Optional[Tensor], threshold: float) -> Tuple[Tensor, "SaturatedNorm"]:
-        """The rate for a linear map's output y (batch, channels, …), and what its gradient needs. No running statistic is updated."""
-        y, mask, channels = kernel_layout(y), None if mask is None else kernel_layout(mask), y.shape[1]
-        parameters = norm.weight.detach().contiguous(), norm.bias.detach().contiguous()
-        rate, state = torch.empty_like(y), torch.empty_like(y, dtype=torch.int8)
-        (mean, variance, inverse_std), keep = y.new_empty(3, channels).unbind(), y.new_empty(())
-        struct = native.NormStruct(y.numel() // channels, channels, norm.eps, threshold,
-                                   *native.pointers(y, mask, *parameters, mean, variance, inverse_std, keep, state))
-        native.norm_forward(struct, rate)
-        return rate, cls(struct, y, state, mean, variance, inverse_std, (*parameters, keep))
+        """The rate for y, and what its gradient needs; no running statistic is updated. Raises ValueError where a mask has several values."""
+        y = kernel_layout(y)
+        rate, state, statistics = torch.empty_like(y), torch.empty_like(y, dtype=torch.int8), y.new_empty(3, y.shape[1]).unbind()
+        saturated = cls(y, state, *statistics, norm.weight.detach(), norm.bias.detach(), y.new_empty(()), threshold)
+        saturated._run(native.norm_forward, None if mask is None else kernel_layout(mask), norm.eps, rate)
+        return rate, saturated
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return self[:-1]
+
+    def _run(self, kernel: Callable[..., None], *arguments: Any) -> None:
+        # The struct is made for each call: autograd's hooks may have put other tensors into their places, laid out in another way.
+        tensors = [kernel_layout(tensor) for tensor in self.tensors]
+        struct = native.NormStruct(self.y.numel() // self.y.shape[1], self.y.shape[1], self.threshold, *native.pointers(*tensors))
+        kernel(struct, *arguments)
 
     def rate(self) -> Tensor:
         """The rate once more."""
-        rate = torch.empty_like(self.y)
-        native.norm_rates(self.struct, rate)
+        rate = torch.empty_like(kernel_layout(self.y))
+        self._run(native.norm_rates, rate)
         return rate
 
     def __call__(self, v: Tensor) -> Tensor:
-        """v ↦ BN'ᵀ (gain · v), in v's memory."""
-        native.norm_backward(self.struct, v, v, None, None)
+        """v ↦ BN'ᵀ (gain · v), in v's memory, which is dense and laid out as `kernel_layout` gives it."""
+        if v.shape != self.y.shape or v.dtype != self.y.dtype:
+            raise ValueError(f"a product with Jᵀ meets values {tuple(v.shape)} of {v.dtype} in a layer {tuple(self.y.shape)} of {self.y.dtype}")
+        self._run(native.norm_backward, v, v, None, None)
         return v
 
     def gradients(self, v: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """Those in y, γ and β for v, the one in the rate."""
-        gradients = torch.empty_like(self.y), torch.empty_like(self.mean), torch.empty_like(self.mean)
-        native.norm_backward(self.struct, kernel_layout(v), *gradients)
+        v = kernel_layout(v)
+        gradients = torch.empty_like(v), torch.empty_like(self.mean), torch.empty_like(self.mean)
+        self._run(native.norm_backward, v, *gradients)
         return gradients
 
     def forward_product(self, q: Tensor) -> Tensor:
         """q ↦ gain · BN'(q)."""
-        weight, _, keep = self.others
-        through = torch.ops.aten.native_batch_norm_backward(q, self.y, weight, None, None, self.mean, self.inverse_std, True, 0.0,
+        through = torch.ops.aten.native_batch_norm_backward(q, self.y, self.gamma, None, None, self.mean, self.inverse_std, True, 0.0,
                                                             [True, False, False])[0]
-        return through * self.state.eq(OPEN) * (keep / self.struct.threshold)
+        return through * self.state.eq(OPEN) * (self.keep / self.threshold)
 
 
 class _Rate(torch.autograd.Function):
-    """The rate, without a graph of its own, with its gradient in x and in the parameters."""
+    """The rate, which comes without a graph, with its gradient in x and in the parameters."""
 
     @staticmethod
     def forward(ctx, rate, x, weight, bias, gamma, beta, map, saturated, source):
-        ctx.map, ctx.saturated, ctx.source, ctx.input_shape = map, saturated, source, x.shape[1:]
-        ctx.save_for_backward(None if source else x, weight, gamma, beta)  # It is an error if they have changed by then.
+        ctx.map, ctx.thresholds = map, (saturated.threshold, source and source.threshold)
+        ctx.input_shape = x.shape[1:]
+        # Here, as autograd frees them on the way back, and finds it an error if they have changed by then.
+        ctx.save_for_backward(weight, *saturated.tensors, *(source.tensors if source else [x]))
         return rate.view_as(rate)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, v):
-        x, weight, *_ = ctx.saved_tensors
-        of_y, of_gamma, of_beta = ctx.saturated.gradients(v)
-        of_weight = ctx.map.weight_gradient(of_y, ctx.source.rate() if x is None else x, weight)
-        of_x = ctx.map.adjoint(of_y, weight, ctx.input_shape) if ctx.needs_input_grad[1] else None
+        weight, *tensors = ctx.saved_tensors
+        count = len(SaturatedNorm._fields) - 1
+        own, before = tensors[:count], tensors[count:]
+        of_y, of_gamma, of_beta = SaturatedNorm(*own, ctx.thresholds[0]).gradients(v)
+        of_weight = of_x = None
+        if ctx.needs_input_grad[2]:
+            x = before[0] if ctx.thresholds[1] is None else SaturatedNorm(*before, ctx.thresholds[1]).rate()
+            of_weight = ctx.map.weight_gradient(of_y, x, weight)
+        if ctx.needs_input_grad[1]:
+            of_x = ctx.map.adjoint(of_y, weight, ctx.input_shape)
         # A constant before a batch norm changes nothing.
         return None, of_x, of_weight, torch.zeros_like(of_beta), of_gamma, of_beta, None, None, None

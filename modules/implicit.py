@@ -61,6 +61,10 @@ class BackwardSolver:
         self.tally = SolveTally()
 
     def __call__(self, vjp: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+        kind = gradient.device.type
+        if torch.is_autocast_enabled(kind):  # where somebody calls backward() under it
+            with torch.autocast(kind, enabled=False):
+                return self(vjp, gradient)
         solution, joint = None, isinstance(vjp, TransposedJacobian) and vjp.joint
         gradient = kernel_layout(gradient)
         if self.method == "anderson" and isinstance(vjp, TransposedJacobian):
@@ -82,7 +86,7 @@ class _ImplicitGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rate, mapped, vjp, solver):
         tensors, ctx.vjp, ctx.solver = [], lambda tensors: vjp, solver
-        if isinstance(vjp, TransposedJacobian):
+        if type(vjp) is TransposedJacobian:
             tensors, ctx.vjp = vjp.taken_apart()  # Autograd frees them after the solve, unless it is to retain the graph.
         ctx.save_for_backward(*tensors)
         return rate.view_as(rate)

@@ -67,6 +67,7 @@ class Link(NamedTuple):
         map, weight = self.map.mirrored(self.weight, self.input_shape)
         if weight.is_cuda and map.kind == "transposed" and map.stride == (1, 1) and not torch.backends.cudnn.allow_tf32:
             map, weight = map.unmirrored(weight)  # In float32, cuDNN's convolutions are up to three times faster than its data gradients.
+        # A CPU's convolutions lay out the weight in their own way each time, so that a copy would only take memory.
         return map, kernel_layout(weight) if weight.is_cuda and map.kind != "dense" else weight
 
     def forward_product(self, u: Tensor) -> Tensor:
@@ -88,14 +89,14 @@ class TransposedJacobian:
     def taken_apart(self) -> Tuple[List[Tensor], Callable[[Sequence[Tensor]], "TransposedJacobian"]]:
         """Its tensors, and what makes it of them again but holds none itself."""
         leaves, shape = tree_flatten(self.links)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        are_tensors = [isinstance(leaf, Tensor) for leaf in leaves]
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
 
         def put_together(tensors: Sequence[Tensor]) -> "TransposedJacobian":
-            tensors = iter(tensors)
-            return TransposedJacobian(tree_unflatten([next(tensors) if other is None else other[0] for other in others], shape))
+            next_tensor, next_other = iter(tensors).__next__, iter(others).__next__
+            return TransposedJacobian(tree_unflatten([next_tensor() if chosen else next_other() for chosen in are_tensors], shape))
 
-        return tensors, put_together
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)], put_together
 
     @property
     def joint(self) -> bool:
@@ -114,8 +115,8 @@ class TransposedJacobian:
         for link, (map, weight) in zip(reversed(self.links), reversed(self.adjoints)):
             v = v if link.gain is None else v.mul_(link.gain)
             v = v if link.norm is None else link.norm(v)
-            v = map(v, weight)
-        return kernel_layout(v)
+            v = kernel_layout(map(v, weight).to(v.dtype))  # Autocast may be on.
+        return v
 
     @torch.no_grad()
     def forward_product(self, u: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class LinearMap(NamedTuple):
         if isinstance(module, nn.Linear):
             return cls("dense")
         if (module.groups, module.dilation, module.padding_mode) != (1, (1, 1), "zeros") or isinstance(module.padding, str):
-            raise ValueError(f"a connection can't have groups, dilation, a padding mode or a padding given as a word: {module}")
+            raise ValueError(f"a network's linear maps can't have groups, dilation, a padding mode or a padding given as a word: {module}")
         if isinstance(module, nn.Conv2d):
             return cls("convolutional", module.stride, module.padding)
         return cls("transposed", module.stride, module.padding, module.output_padding)

@@ -53,9 +53,8 @@ class LayerStruct(ctypes.Structure):
 class NormStruct(ctypes.Structure):
     """`struct norm` of native_norm.c."""
 
-    _fields_ = [*[(name, ctypes.c_ssize_t) for name in ("rows", "channels")], *[(name, ctypes.c_float) for name in ("epsilon", "threshold")],
-                *[(name, ctypes.c_void_p) for name in (
-                    "y", "mask", "gamma", "beta", "mean", "variance", "inverse_std", "keep", "state")]]
+    _fields_ = [*[(name, ctypes.c_ssize_t) for name in ("rows", "channels")], ("threshold", ctypes.c_float),
+                *[(name, ctypes.c_void_p) for name in ("y", "state", "mean", "variance", "inverse_std", "gamma", "beta", "keep")]]
 
 
 @functools.lru_cache(maxsize=None)
@@ -91,7 +90,8 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.more_active_than.argtypes = [pointer, size, double]
     kernels.layer_forward.argtypes = [ctypes.POINTER(LayerStruct)]
     kernels.layer_backward.argtypes = [ctypes.POINTER(LayerStruct), *[pointer] * 7]
-    kernels.norm_forward.argtypes = kernels.norm_rates.argtypes = [ctypes.POINTER(NormStruct), pointer]
+    kernels.norm_forward.argtypes = [ctypes.POINTER(NormStruct), pointer, real, pointer]
+    kernels.norm_rates.argtypes = [ctypes.POINTER(NormStruct), pointer]
     kernels.norm_backward.argtypes = [ctypes.POINTER(NormStruct), *[pointer] * 4]
     kernels.solve_layer.argtypes = [pointer] * 5 + [size, double, size, double] + [pointer] * 2
     return kernels
@@ -193,7 +193,7 @@ def pack_rows(matrix: Tensor) -> Tensor:
 
 def keep_mask(seed: Union[int, Tensor], count: int, least: int, scale: float) -> Tensor:
     """A float32 mask (count,): `scale` where a draw of `modules.dropout.random_draws` is at least `least`, else 0."""
-    mask = torch.empty(count)
+    mask = torch.empty(count, dtype=torch.float32, device="cpu")
     library().keep_mask(int(seed), mask.data_ptr(), count, least, scale)
     return mask
 
@@ -272,15 +272,15 @@ def layer_backward(layer: LayerStruct, v: Tensor, gradients: Sequence[Tensor]) -
     _check(library().layer_backward(layer, *pointers(v, *gradients)))
 
 
-def norm_forward(norm: NormStruct, rate: Tensor) -> None:
-    """Write the rates after a batch norm, mask and clamp (native_norm.c), and what the gradient needs where `norm` points to."""
-    if _check(library().norm_forward(norm, rate.data_ptr())):
+def norm_forward(norm: NormStruct, mask: Optional[Tensor], epsilon: float, rate: Tensor) -> None:
+    """Write the rates behind a batch norm, mask and clamp (native_norm.c), and where `norm` points to what their gradient needs."""
+    if _check(library().norm_forward(norm, _pointer(mask), epsilon, _pointer(rate))):
         raise ValueError("a dropout mask has one value at all the units that it keeps, and 0 at the others")
 
 
 def norm_rates(norm: NormStruct, rate: Tensor) -> None:
     """Write the same rates again."""
-    _check(library().norm_rates(norm, rate.data_ptr()))
+    _check(library().norm_rates(norm, _pointer(rate)))
 
 
 def norm_backward(norm: NormStruct, gradient: Tensor, of_y: Tensor, of_gamma: Optional[Tensor], of_beta: Optional[Tensor]) -> None:

@@ -12,15 +12,16 @@
 
 #define BLOCK 64 /* rows that stay in the second-level cache */
 
-enum { SILENT, OPEN, SATURATED }; /* the unit's rate: 0 or dropped, between 0 and 1, 1 */
+enum { SILENT, OPEN, SATURATED }; /* a unit whose rate is 0 or that is dropped; between 0 and 1; 1. As in modules/hidden_layer.py */
 
 struct norm {
     ptrdiff_t rows, channels;
-    float epsilon, threshold;
-    const float *y, *mask, *gamma, *beta;
-    float *mean, *variance, *inverse_std; /* (channels), the variance with one row less in its denominator */
-    float *keep; /* (), the mask's largest value, which all kept units have; 1 without a mask */
+    float threshold;
+    const float *y;
     int8_t *state;
+    float *mean, *variance, *inverse_std; /* (channels), the variance with one row less in its denominator */
+    const float *gamma, *beta;
+    float *keep; /* (), the value of the dropout mask at all units that it keeps; 1 without a mask */
 };
 
 static ptrdiff_t rows_from(const struct norm *norm, ptrdiff_t first)
@@ -43,7 +44,7 @@ static void block_statistics(const float *restrict y, ptrdiff_t rows, ptrdiff_t 
             squares[c] += (y[r * channels + c] - mean[c]) * (y[r * channels + c] - mean[c]);
 }
 
-static void statistics(const struct norm *norm, float *blocks)
+static void statistics(const struct norm *norm, float epsilon, float *blocks)
 {
     ptrdiff_t channels = norm->channels, rows = norm->rows;
 #pragma omp parallel for if (rows * channels >= PARALLEL_FROM)
@@ -62,7 +63,7 @@ static void statistics(const struct norm *norm, float *blocks)
         }
         norm->mean[c] = mean;
         norm->variance[c] = squares / (rows - 1);
-        norm->inverse_std[c] = 1 / sqrt(squares / rows + norm->epsilon);
+        norm->inverse_std[c] = 1 / sqrt(squares / rows + epsilon);
     }
 }
 
@@ -75,11 +76,12 @@ static void affine(const struct norm *norm, float *scale, float *shift)
     }
 }
 
-/* Whether the mask is 0 or one value, which is left in norm->keep. */
+/* Writes the rates, every unit's state and norm->keep. Whether the mask is 0 or one value. */
 static inline __attribute__((always_inline)) int
-rates_of(const struct norm *norm, const float *scale, const float *shift, const int has_mask, float *restrict rate)
+rates_of(const struct norm *norm, const float *scale, const float *shift, const int has_mask, const float *restrict mask,
+         float *restrict rate)
 {
-    const float *restrict y = norm->y, *restrict mask = norm->mask;
+    const float *restrict y = norm->y;
     int8_t *restrict state = norm->state;
     ptrdiff_t channels = norm->channels;
     float most = 0, least = INFINITY, threshold = norm->threshold;
@@ -96,17 +98,17 @@ rates_of(const struct norm *norm, const float *scale, const float *shift, const 
     return least == INFINITY || most == least;
 }
 
-/* The rates (rows, channels), and all that `norm` has room for. Returns -1 where memory is short, 1 where the mask has several values
- * beside 0, else 0. */
-int norm_forward(const struct norm *norm, float *rate)
+/* The rates (rows, channels), and all else that `norm` points to but y, gamma and beta; mask (rows, channels) may be null. Returns -1 where
+ * memory is short, 1 where the mask has several values beside 0, else 0. */
+int norm_forward(const struct norm *norm, const float *mask, float epsilon, float *rate)
 {
     ptrdiff_t channels = norm->channels, blocks = (norm->rows + BLOCK - 1) / BLOCK;
     float *scratch = malloc(sizeof *scratch * 2 * channels * (blocks + 1)), *shift = scratch + channels;
     if (!scratch)
         return -1;
-    statistics(norm, scratch + 2 * channels);
+    statistics(norm, epsilon, scratch + 2 * channels);
     affine(norm, scratch, shift);
-    int uniform = norm->mask ? rates_of(norm, scratch, shift, 1, rate) : rates_of(norm, scratch, shift, 0, rate);
+    int uniform = mask ? rates_of(norm, scratch, shift, 1, mask, rate) : rates_of(norm, scratch, shift, 0, NULL, rate);
     free(scratch);
     return !uniform;
 }
@@ -142,7 +144,7 @@ static void block_sums(const struct norm *norm, ptrdiff_t first, const float *re
     memset(along, 0, channels * sizeof *along);
     for (ptrdiff_t r = first; r < last; r++)
         for (ptrdiff_t c = 0, at = r * channels; c < channels; c++, at++) {
-            float q = state[at] == OPEN ? v[at] * steep : 0.0f;
+            float q = v[at] * (state[at] == OPEN ? steep : 0.0f); /* not a number where v is none */
             sum[c] += q;
             along[c] += q * (y[at] - mean[c]);
         }
@@ -182,7 +184,7 @@ int norm_backward(const struct norm *norm, const float *v, float *of_y, float *o
 #pragma omp parallel for if (rows * channels >= PARALLEL_FROM)
     for (ptrdiff_t r = 0; r < rows; r++)
         for (ptrdiff_t c = 0, at = r * channels; c < channels; c++, at++)
-            of_y[at] = (state[at] == OPEN ? v[at] * scale[c] : 0.0f) + (y[at] - mean[c]) * slope[c] + constant[c];
+            of_y[at] = v[at] * (state[at] == OPEN ? scale[c] : 0.0f) + (y[at] - mean[c]) * slope[c] + constant[c];
     free(scale);
     return 0;
 }

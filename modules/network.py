@@ -91,7 +91,7 @@ class FeedbackSNN(nn.Module):
                 return passed
         weight, mean_input = self.feedback.normalised_weight(), self._mean_input(x)
         with self._rounded_products(x):
-            current = kernel_layout(self.input(mean_input, masks.input))
+            current = kernel_layout(self.input(mean_input, masks.input))  # f's convolutions are faster channels last, on every device.
             if self._unrolled:
                 return Pass(self._unroll(x, mean_input, current, weight, masks, observe))
             rate, feedback = self._simulated(x, mean_input, current.detach(), weight.detach(), masks, observe)
@@ -187,7 +187,7 @@ class FeedbackSNN(nn.Module):
         """What the simulation takes, its connections frozen for this pass."""
         source = StaticInput(current)
         if self.events:
-            frozen = self.input.frozen(self.input_shape, statistics_of=mean_input if self.training else None)
+            frozen = self.input.frozen(self.input_shape, statistics_of=mean_input if self.input.norm.training else None)
             source = EventInput(x, frozen, masks.input)
         hidden = [connection.frozen(shape) for connection, shape in zip(self.hidden, self.layer_shapes)]
         feedback = Synapses(self.feedback.map, weight, None, self.layer_shapes[-1])

@@ -18,7 +18,7 @@ Observer = Callable[[int, List[Tensor]], None]
 EVENT_DRIVEN_BELOW = 0.4
 # Before this step of a static input, twice that and so on, if as many are still to come, a CPU's layers learn which spikes to expect.
 FIRST_EXPECTATION = 3
-MOST_COUNTED = 255  # steps, by a byte
+MOST_COUNTED = 255  # steps, in the uint8 of SpikingLayer.count
 # On a CPU the samples are simulated in chunks whose state stays in the processor's cache, or which give each thread two groups of eight.
 CHUNK_BYTES = 8 * 2**20
 LEAST_CHUNK_PER_THREAD = 16
@@ -46,7 +46,8 @@ class Synapses:
 
     def __init__(self, map: LinearMap, filters: Tensor, bias: Optional[Tensor], input_shape: Sequence[int], scale: Optional[Tensor] = None):
         self.map, self.bias, self.input_shape = map, bias, input_shape
-        self.native = native.serves(filters) and not (filters.requires_grad and torch.is_grad_enabled())
+        wanted = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (filters, bias, scale))
+        self.native = native.serves(filters) and not wanted
         self._filters, self._scale = filters, scale
         self._events: Optional[EventMap] = None
 

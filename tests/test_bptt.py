@@ -176,3 +176,20 @@ def test_the_command_line_trains_by_it_and_goes_on_with_either(tmp_path):
     assert not torch.equal(first["input.linear.weight"], other.state_dict["input.linear.weight"]), "another gradient"
     status, out, err = command(*flags, "--epochs", 2, "--gradient", "bptt", "--resume", tmp_path / "run/checkpoint.pth.tar")
     assert status == 0, err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_weights_leave_their_batch_norms_their_gradients(kind):
+    """In float32, where the C kernels, which know no gradient, must not serve."""
+    network, x = small_network(kind)
+    network.surrogate = SURROGATES["sigmoid"]
+    exact = copy.deepcopy(network)
+    for own, dtype in ((network.float(), torch.float32), (exact, torch.float64)):
+        for connection in (own.input, *own.hidden):
+            connection.linear.requires_grad_(False)
+        own(x.to(dtype)).square().sum().backward()
+    for connection, expected in zip((network.input, *network.hidden), (exact.input, *exact.hidden)):
+        for name in ("weight", "bias"):
+            gradient = getattr(expected.norm, name).grad
+            assert gradient.norm() > 0
+            torch.testing.assert_close(getattr(connection.norm, name).grad.double(), gradient, rtol=1e-3, atol=1e-4 * gradient.norm().item())

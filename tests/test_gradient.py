@@ -155,24 +155,28 @@ def test_impossible_solver_settings_are_refused(settings):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # With the C kernels and without.
 @pytest.mark.parametrize("retained", [True, False])
-def test_the_jacobian_is_freed_after_the_solve_unless_the_graph_is_retained(kind, retained):
+def test_the_jacobian_is_freed_after_the_solve_unless_the_graph_is_retained(kind, dtype, retained):
     network, x = small_network(kind)
-    solver, links = network.solver, []
+    network, solver, links = network.to(dtype), network.solver, []
 
     def recording(vjp, gradient):
-        links.extend(weakref.ref(link.gain) for link in vjp.links)
+        links.extend(weakref.ref(link.norm.y if link.gain is None else link.gain) for link in vjp.links)
         return solver(vjp, gradient)
 
     network.solver = recording
-    loss = network(x).square().sum()
+    loss = network(x.to(dtype)).square().sum()
     loss.backward(retain_graph=retained)
     assert [link() is not None for link in links] == [retained] * len(network.layer_shapes) and loss.grad_fn is not None
 
 
-def test_a_gradient_of_the_gradient_is_refused():
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_of_the_gradient_is_refused(kind, dtype):
     """The solve has none: autograd would take v for a constant."""
-    network, x = small_network("multi-layer")
-    gradient, *_ = torch.autograd.grad(network(x).square().sum(), [network.hidden[0].linear.weight], create_graph=True)
+    network, x = small_network(kind)
+    network, x = network.to(dtype), x.to(dtype)
+    gradient, *_ = torch.autograd.grad(network(x).square().sum(), [network.input.linear.weight], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()

@@ -1,6 +1,7 @@
 """Hidden layers' rates by the C kernels, against the same layers module by module, which other tests hold against the naive network."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -136,14 +137,20 @@ def test_statistics_of_values_far_from_zero():
     lambda network: setattr(network, "bf16_products", True),
     lambda network: [connection.linear.register_forward_hook(lambda *_: None) for connection in network.hidden],
     lambda network: [setattr(connection.norm, "bias", None) for connection in network.hidden],
+    lambda network: [setattr(connection.norm, "track_running_stats", False) for connection in network.hidden],
+    lambda network: [setattr(connection.norm, "weight", nn.Parameter(torch.ones(1))) for connection in network.hidden],
 ], ids=["evaluation", "frozen batch norms", "float64", "synchronised batch norms", "neuron", "momentum", "another norm", "bfloat16", "hooks",
-        "no bias in the batch norm"])
+        "no bias in the batch norm", "no running statistics", "a weight that does not fit"])
 def test_what_it_does_not_know_runs_module_by_module(change, monkeypatch):
     network, x = network_and_input(dropout=0.0)
     change(network)
     monkeypatch.setattr(native, "norm_forward", None)
     with torch.no_grad():
         current, weight = network.input(x.to(network.feedback.w.dtype)), network.feedback.normalised_weight()
+        if network.hidden[0].norm.weight.shape == (1,):
+            with pytest.raises(RuntimeError, match="weight"):
+                network.lap(torch.rand(len(x), *network.layer_shapes[-1]), current, weight)
+            return
         with network._rounded_products(x):
             rates = network.lap(torch.rand(len(x), *network.layer_shapes[-1], dtype=weight.dtype), current, weight)
     assert len(rates) == 5 and rates[-1].norm() > 0
@@ -185,3 +192,57 @@ def test_a_batch_of_one_value_gets_pytorchs_message():
     network, _ = network_and_input(dense, (9, 20, 7), batch=1, dropout=0.0)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         network.hidden[0].rate(torch.rand(1, 20), network.neuron, None)
+
+
+@pytest.mark.parametrize("replace", [torch.Tensor.clone, lambda tensor: tensor.clone(memory_format=torch.contiguous_format)])
+def test_saved_tensors_may_come_back_in_another_place_and_layout(replace):
+    """As PyTorch's own hooks that keep them elsewhere do."""
+    gradients = []
+    for pack in (lambda tensor: tensor, replace):
+        torch.manual_seed(3)
+        network, x = network_and_input()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            network(x).square().sum().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_way_back_may_be_under_autocast():
+    gradients = []
+    for enabled in (False, True):
+        torch.manual_seed(3)
+        network, x = network_and_input()
+        network.solver = BackwardSolver(tol=1e-2)
+        loss = network(x).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters()]))
+    exact, rounded = gradients
+    assert 1e-6 < (rounded - exact).norm() / exact.norm() < 0.05
+
+
+def test_a_product_with_values_of_another_batch_is_an_error():
+    network, x = network_and_input()
+    with torch.no_grad():
+        current, weight = network.input(x), network.feedback.normalised_weight()
+        jacobian = network.transposed_jacobian(torch.rand(len(x), *network.layer_shapes[-1]), current, weight)
+        for wrong in (torch.rand(1, *network.layer_shapes[-1]), torch.rand(len(x), *network.layer_shapes[-1], dtype=torch.float64)):
+            with pytest.raises(ValueError, match="product with Jᵀ"):
+                jacobian(wrong)
+
+
+def test_what_a_pass_keeps_is_freed_on_the_way_back():
+    network, x = network_and_input()
+    kept, real = [], hidden_layer.SaturatedNorm.at.__func__
+
+    def recording(cls, *parts):
+        rate, saturated = real(cls, *parts)
+        kept.extend(map(weakref.ref, (saturated.y, saturated.state)))
+        return rate, saturated
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(hidden_layer.SaturatedNorm, "at", classmethod(recording))
+        loss = network(x).square().sum()
+    assert len(kept) == 16 and all(reference() is not None for reference in kept)
+    loss.backward()
+    assert loss.grad_fn is not None and all(reference() is None for reference in kept)
