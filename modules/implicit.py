@@ -86,7 +86,7 @@ class _ImplicitGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rate, mapped, vjp, solver):
         tensors, ctx.vjp, ctx.solver = [], lambda tensors: vjp, solver
-        if type(vjp) is TransposedJacobian:
+        if type(vjp) is TransposedJacobian and len(vjp.links) > 1:  # A single layer's is one array.
             tensors, ctx.vjp = vjp.taken_apart()  # Autograd frees them after the solve, unless it is to retain the graph.
         ctx.save_for_backward(*tensors)
         return rate.view_as(rate)
