@@ -116,8 +116,7 @@ class _Rate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rate, x, weight, bias, gamma, beta, map, saturated, source):
-        ctx.map, ctx.thresholds = map, (saturated.threshold, source and source.threshold)
-        ctx.input_shape = x.shape[1:]
+        ctx.map, ctx.input_shape, ctx.threshold, ctx.recomputes_x = map, x.shape[1:], saturated.threshold, source is not None
         # Here, as autograd frees them on the way back, and finds it an error if they have changed by then.
         ctx.save_for_backward(weight, *saturated.tensors, *(source.tensors if source else [x]))
         return rate.view_as(rate)
@@ -128,10 +127,10 @@ class _Rate(torch.autograd.Function):
         weight, *tensors = ctx.saved_tensors
         count = len(SaturatedNorm._fields) - 1
         own, before = tensors[:count], tensors[count:]
-        of_y, of_gamma, of_beta = SaturatedNorm(*own, ctx.thresholds[0]).gradients(v)
+        of_y, of_gamma, of_beta = SaturatedNorm(*own, ctx.threshold).gradients(v)
         of_weight = of_x = None
         if ctx.needs_input_grad[2]:
-            x = before[0] if ctx.thresholds[1] is None else SaturatedNorm(*before, ctx.thresholds[1]).rate()
+            x = SaturatedNorm(*before, ctx.threshold).rate() if ctx.recomputes_x else before[0]
             of_weight = ctx.map.weight_gradient(of_y, x, weight)
         if ctx.needs_input_grad[1]:
             of_x = ctx.map.adjoint(of_y, weight, ctx.input_shape)
