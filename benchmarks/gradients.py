@@ -128,7 +128,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--networks", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 15, 30, 60], help="values of T to time")
     parser.add_argument("--accuracy-steps", type=int, nargs="*", default=[5, 15, 30, 60], help="values of T to train F400 with")
-    parser.add_argument("--f64c5-accuracy-steps", type=int, nargs="*", default=[5, 15, 30, 60], help="the same for F64C5, which takes longer")
+    parser.add_argument("--f64c5-accuracy-steps", type=int, nargs="*", default=[5, 15, 30, 60],
+                        help="the same for F64C5, which takes longer")
     parser.add_argument("--turns", type=int, default=3, help="how often each step is timed")
     parser.add_argument("--surrogate", choices=tuple(SURROGATES), default="sigmoid")
     parser.add_argument("--path", default="./data", help="folder of the data sets")

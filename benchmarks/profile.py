@@ -1,4 +1,6 @@
-"""Shows where a training step's time goes: python -m benchmarks.profile [--network F64C5] [--device cpu|cuda] [--precision fp32] [--rows 20]
+"""Shows where a training step's time goes.
+
+    python -m benchmarks.profile [--network F64C5] [--device cpu|cuda] [--precision fp32] [--rows 20]
 
 PyTorch's operations by their own time, after some steps of warm-up; the C kernels' time is in the autograd nodes and steps that call them.
 On a GPU, also the share of the time for which it is busy, from the steps' time without the profiler.
@@ -65,7 +67,8 @@ def main() -> None:
         # What an operation launches is listed under the operation too, and is counted once.
         kernels = [event for event in profiled.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
         busy = sum(event.self_device_time_total for event in kernels if not event.is_user_annotation) / 1e6
-        print(f"a step takes {1e3 * usual / STEPS:.2f} ms, the GPU's work in it {1e3 * busy / STEPS:.2f} ms: {100 * busy / usual:.0f} % busy")
+        print(f"a step takes {1e3 * usual / STEPS:.2f} ms, the GPU's work in it {1e3 * busy / STEPS:.2f} ms: "
+              f"{100 * busy / usual:.0f} % busy")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ EVENT_DRIVEN_BELOW = 0.7
 
 
 def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor, masks: Masks) -> bool:
-    """Whether `run` can take these parts, x (batch, inputs) and masks: in training, in float32 on a CPU, with no part that somebody changed.
+    """Whether `run` can take these parts, x (batch, inputs) and masks: in training, in float32 on a CPU, with no part changed.
 
     The kernels check nothing, so what is refused here runs module by module, and fails there with PyTorch's message where it must.
     """

@@ -40,7 +40,7 @@ class GraphedJacobian(TransposedJacobian):
 def refined(iteration: "_GraphedIteration", start: Tensor, tol: float, max_iterations: int, ahead: bool) -> Solution:
     """As `iterate`, with the iteration's `rough` products at first; the solution's residual is by the others.
 
-    Float32 products take several times as long as tf32's. Those lead to a solution that one of float32, most often, finds to be good enough.
+    Float32 products take several times as long as tf32's. Those lead to a solution that one of float32 most often finds good enough.
     """
     iteration.rough = True
     rough = iterate(iteration, start, max(tol / 2, ROUGH_RESIDUAL), max_iterations // 2, ahead)

@@ -67,7 +67,10 @@ class SaturatedNorm(NamedTuple):
 
     @classmethod
     def at(cls, y: Tensor, norm: nn.Module, mask: Optional[Tensor], threshold: float) -> Tuple[Tensor, "SaturatedNorm"]:
-        """The rate for y, and what its gradient needs; no running statistic is updated. Raises ValueError where a mask has several values."""
+        """The rate for y, and what its gradient needs; no running statistic is updated.
+
+        Raises ValueError where the mask has several values beside 0.
+        """
         y = kernel_layout(y)
         rate, state, statistics = torch.empty_like(y), torch.empty_like(y, dtype=torch.int8), y.new_empty(3, y.shape[1]).unbind()
         saturated = cls(y, state, *statistics, norm.weight.detach(), norm.bias.detach(), y.new_empty(()), threshold)
@@ -93,7 +96,7 @@ class SaturatedNorm(NamedTuple):
     def __call__(self, v: Tensor) -> Tensor:
         """v ↦ BN'ᵀ (gain · v), in v's memory, which is dense and laid out as `kernel_layout` gives it."""
         if v.shape != self.y.shape or v.dtype != self.y.dtype:
-            raise ValueError(f"a product with Jᵀ meets values {tuple(v.shape)} of {v.dtype} in a layer {tuple(self.y.shape)} of {self.y.dtype}")
+            raise ValueError(f"a product with Jᵀ meets values {tuple(v.shape)} of {v.dtype} in a layer {tuple(self.y.shape)}, {self.y.dtype}")
         self._run(native.norm_backward, v, v, None, None)
         return v
 

@@ -98,7 +98,7 @@ class _ImplicitGradient(torch.autograd.Function):
 
 
 class Pass(NamedTuple):
-    """What a pass through a network computes before the readout: the last layer's rate and, for its gradient, `mapped` = f(rate, θ) and Jᵀ."""
+    """What a pass computes before the readout: the last layer's rate and, for its gradient, `mapped` = f(rate, θ) and Jᵀ."""
 
     rate: Tensor
     mapped: Optional[Tensor] = None

@@ -135,7 +135,7 @@ def serves(tensor: Tensor) -> bool:
 
 def neuron_step(current: Optional[Tensor], synaptic: Optional[Tensor], mask: Optional[Tensor], potential: Tensor, spikes: Tensor,
                 total: Optional[Tensor], count: Optional[Tensor], threshold: float, leak: float) -> int:
-    """One time step in place: I = current + mask · synaptic, then `modules.neuron.neuron_step`, then total ← λ total + s or count ← count + s.
+    """One time step in place: I = current + mask · synaptic, `modules.neuron.neuron_step`, total ← λ total + s or count ← count + s.
 
     All tensors are float32 but the spikes, int8, and the count, uint8, on the CPU, of one shape and one dense memory layout; at least one
     of `current` and `synaptic` is given, and at most one of `total` and `count`. The potential is 0 at rest or has come from here. Returns

@@ -104,7 +104,8 @@ static int append_active(const float *values, ptrdiff_t from, ptrdiff_t to, int 
     ptrdiff_t i = from;
 #ifdef __AVX2__
     for (; i + 8 <= to; i += 8) /* eight at once without a branch */
-        count = append_bits(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values + i), _mm256_setzero_ps(), _CMP_NEQ_UQ)), i, units, count);
+        count = append_bits(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values + i), _mm256_setzero_ps(), _CMP_NEQ_UQ)), i, units,
+                            count);
 #endif
     for (; i < to; i++) {
         units[count] = i;

@@ -213,8 +213,8 @@ def _keep_mask(mask, n, seed, least, scale, BLOCK: tl.constexpr):
 class State(NamedTuple):
     """A layer's membrane potential and, written only, its spikes; and Σ λ^(T−1−t) s(t) where that is wanted.
 
-    All have the layer's shape (batch, …). Potentials must have been 0 at rest, −∞ for units that are to stay silent, or come from the kernels.
-    Potentials and sums are float32, spikes float32, bfloat16 or int8.
+    All have the layer's shape (batch, …). Potentials must have been 0 at rest, −∞ for units that are to stay silent, or come from
+    the kernels. Potentials and sums are float32, spikes float32, bfloat16 or int8.
     """
 
     potential: Tensor
@@ -281,8 +281,8 @@ def convolution_step(packed: PackedConvolution, x: Tensor, current: Optional[Ten
     tiles, options = _tiles(channels_in, channels_out, not transposed and map.stride != (1, 1))
     given = [state.potential if tensor is None else tensor for tensor in (packed.lowest, packed.scale, current, bias, mask, *state)]
     grid = _blocks(channels_out, tiles[1]), _blocks(pixels, tiles[0]), stride[0] * stride[1]
-    _convolution_step[grid](x, packed.upper, *given, batch, height, width, out_height, out_width, threshold, leak, channels_in, channels_out,
-                            kernel_y, kernel_x, *map.stride, *map.padding, transposed,
+    _convolution_step[grid](x, packed.upper, *given, batch, height, width, out_height, out_width, threshold, leak,
+                            channels_in, channels_out, kernel_y, kernel_x, *map.stride, *map.padding, transposed,
                             *_are_there(packed.lowest, current, bias, mask, state.total), *tiles, **options)
 
 
@@ -317,7 +317,8 @@ def saturate(drive: Tensor, mask: Optional[Tensor], threshold: float) -> Tuple[T
 def anderson_weights(gram: Tensor, products: Tensor, slot: int, regularisation: float) -> Tensor:
     """As modules.solvers.Anderson: the weights (used,) after `products` (used,) have become row and column `slot` of `gram`, float64."""
     weights, memory = torch.empty_like(products), len(gram)
-    _anderson_weights[(1,)](gram, products, weights, slot, len(products), regularisation, memory, triton.next_power_of_2(memory), num_warps=1)
+    _anderson_weights[(1,)](gram, products, weights, slot, len(products), regularisation, memory,
+                            triton.next_power_of_2(memory), num_warps=1)
     return weights
 
 

@@ -59,7 +59,8 @@ def test_a_parameter_without_a_gradient_stays():
         give(parameters, gradient)
         parameters[1].grad = None
         optimizer.step()
-    assert torch.equal(parameters[1].detach(), start) and not torch.equal(parameters[0].detach(), parameters_and_gradients(1)[0][0].detach())
+    assert torch.equal(parameters[1].detach(), start)
+    assert not torch.equal(parameters[0].detach(), parameters_and_gradients(1)[0][0].detach())
 
 
 def test_a_step_without_any_gradient_changes_nothing():

@@ -22,8 +22,8 @@ from utils.instruments.equilibrium import check_gradient, equilibrium_residuals,
 from utils.instruments.observers import Trace, UnitSpikes
 from utils.instruments.operations import ASSUMPTIONS, count_operations, energies
 from utils.instruments.plots import plot_firing_rates
-from utils.instruments.report_figures import (layer_names, plot_accuracy_over_time, plot_confusion, plot_membranes, plot_raster, plot_residuals,
-                                  plot_solver_traces, plot_spectrum)
+from utils.instruments.report_figures import (layer_names, plot_accuracy_over_time, plot_confusion, plot_membranes, plot_raster,
+                                              plot_residuals, plot_solver_traces, plot_spectrum)
 from utils.instruments.time_step_sweep import accuracy, lasting, time_step_sweep
 from utils.run_folder import check_writable
 from utils.trained import Trained, find_arguments, load_trained
