@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.machine import describe_machine
 from benchmarks.results import FOLDER
-from benchmarks.timed_step import timed_step
+from benchmarks.timed_step import save_batch, timed_step
 from benchmarks.worker import Worker
 from modules.neuron import make_neuron
 from modules.zoo import f64c5_mnist
@@ -154,7 +154,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         samples, batch_file = load_mnist(args.path).normalised(0.1307, 0.3081)[0], str(Path(scratch) / "batch")
-        torch.save((samples.inputs[:args.batch].clone(), samples.labels[:args.batch].clone()), batch_file)
+        save_batch(samples, args.batch, batch_file)
         for row in (row for time_steps in args.steps for row in measure(time_steps, batch_file, args.turns)):
             rows.append(row)
             print(f"{row['name']:20s} {row['T']:4d} {row['step_s']:8.3f} {row['simulation_s']:13.3f} {row['peak_mb']:8.0f}", flush=True)

@@ -23,7 +23,7 @@ import fmnist_mlp
 import mnist_conv
 from benchmarks.machine import describe_machine
 from benchmarks.results import FOLDER
-from benchmarks.timed_step import timed_step
+from benchmarks.timed_step import save_batch, timed_step
 from benchmarks.worker import Worker
 from modules.bptt import SURROGATES
 from modules.neuron import make_neuron
@@ -31,6 +31,7 @@ from modules.zoo import f64c5_mnist, f400
 from utils.data.datasets import load_fashion_mnist, load_mnist
 from utils.experiment import main as train
 from utils.log import read_log
+from utils.optimizer import SGD
 
 ROWS, FIGURE = FOLDER / "gradients.json", Path(__file__).parents[1] / "docs/figures/gradients"
 GRADIENTS = ("implicit", "bptt")
@@ -42,15 +43,13 @@ RECIPES = {"F400": (fmnist_mlp.RECIPE, ["--train-limit", "10000", "--test-limit"
 class Side:
     """One gradient of one network for one T; trains a few steps first, so that its firing rate has settled."""
 
-    def __init__(self, name: str, gradient: str, surrogate: str, time_steps: int, path: str):
+    def __init__(self, name: str, gradient: str, surrogate: str, time_steps: int, batch_file: str):
         torch.manual_seed(0)
-        build, load = (f400, load_fashion_mnist) if name == "F400" else (f64c5_mnist, load_mnist)
-        images = load(path)  # Only the batch becomes float32, so that the peak memory is the network's.
-        few = images._replace(train_images=images.train_images[:BATCH[name]], test_images=images.test_images[:1])
-        self.x, self.labels = few.normalised(0.1307, 0.3081, flatten=name == "F400")[0].inputs, images.train_labels[:BATCH[name]]
+        self.x, self.labels = torch.load(batch_file)
+        build = f400 if name == "F400" else f64c5_mnist
         self.network = build(neuron=make_neuron(2.0, 0.95), time_steps=time_steps, dropout=0.2,
                              surrogate=SURROGATES[surrogate] if gradient == "bptt" else None)
-        self.optimizer = torch.optim.SGD(self.network.parameters(), 0.01, momentum=0.9)
+        self.optimizer = SGD(self.network.parameters(), 0.01, momentum=0.9)
         for _ in range(3):
             self.step()
 
@@ -58,9 +57,9 @@ class Side:
         return timed_step(self.network, self.optimizer, self.x, self.labels)
 
 
-def measure_steps(name: str, time_steps: int, args: argparse.Namespace) -> Dict[str, Dict[str, float]]:
+def measure_steps(name: str, time_steps: int, batch_file: str, args: argparse.Namespace) -> Dict[str, Dict[str, float]]:
     """Median seconds of a step and peak memory in MB of both gradients."""
-    sides = {gradient: Worker(Side, name, gradient, args.surrogate, time_steps, args.path) for gradient in GRADIENTS}
+    sides = {gradient: Worker(Side, name, gradient, args.surrogate, time_steps, batch_file) for gradient in GRADIENTS}
     times = {gradient: [] for gradient in GRADIENTS}
     for _ in range(args.turns):
         for gradient, side in sides.items():
@@ -137,9 +136,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # All steps are timed before anything is trained here: a new process's peak memory starts from its parent's.
     rows = []
     for name in args.networks:
-        for time_steps in args.steps:
-            rows.append({"network": name, "T": time_steps, **measure_steps(name, time_steps, args)})
-            write(rows, args.surrogate)
+        images = load_fashion_mnist(args.path) if name == "F400" else load_mnist(args.path)
+        with tempfile.NamedTemporaryFile() as batch:
+            save_batch(images.normalised(0.1307, 0.3081, flatten=name == "F400")[0], BATCH[name], batch.name)
+            for time_steps in args.steps:
+                rows.append({"network": name, "T": time_steps, **measure_steps(name, time_steps, batch.name, args)})
+                write(rows, args.surrogate)
     for row in rows:
         if row["T"] in (args.accuracy_steps if row["network"] == "F400" else args.f64c5_accuracy_steps):
             for gradient in GRADIENTS:

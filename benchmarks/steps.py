@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from benchmarks import multiply_adds
 from benchmarks.machine import describe_machine, matmul_rate
 from benchmarks.results import HEADER, describe_row, make_row, save_rows
+from benchmarks.timed_step import save_batch
 from benchmarks.worker import OnGpu, Worker
 from benchmarks.yardstick import copy_weights, yardstick_alexnet_f, yardstick_f400, yardstick_f64c5
 from modules.neuron import make_neuron
@@ -163,7 +164,7 @@ class Trained:
         self.name, self.device, self.samples = network, torch.device(device), load_images(network, path)
 
     def batch(self, size: int, file: str) -> None:
-        torch.save((self.samples.inputs[:size].clone(), self.samples.labels[:size].clone()), file)
+        save_batch(self.samples, size, file)
 
     def weights(self, steps: int, checkpoint: Optional[str], file: str) -> None:
         if checkpoint:
