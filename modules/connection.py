@@ -98,12 +98,13 @@ class Connection(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether kernels can stand for it: nobody has put another class in a part's place, hooked into one or taken a parameter away."""
+        """Whether kernels can stand for it: nobody has put another class or size in a part's place, hooked into one or taken one away."""
         linear, norm = self.linear, self.norm
-        return (type(self) is Connection and type(linear) in (nn.Linear, nn.Conv2d) and type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d)
-                and norm.track_running_stats
-                and all(part is not None for part in (linear.bias, norm.weight, norm.bias, norm.running_mean, norm.momentum))
-                and not any(map(has_hooks, (self, linear, norm))))
+        if type(self) is not Connection or type(linear) not in (nn.Linear, nn.Conv2d) or type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+            return False
+        vectors = linear.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
+        return (norm.track_running_stats and norm.momentum is not None and not any(map(has_hooks, (self, linear, norm)))
+                and all(vector is not None and vector.shape == linear.weight.shape[:1] for vector in vectors))
 
     @property
     def _synchronised(self) -> bool:

@@ -34,10 +34,10 @@ def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor
     if not (plain and neuron.has_kernels and feedback.operator_input is None and norm.training and feedback.training
             and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")):
         return False
-    (batch, inputs), units = x.shape, norm.num_features
+    (batch, inputs), units = x.shape, len(linear.bias)
     fitting = linear.weight.shape == (units, inputs) and w.shape == (units, units)
     return (fitting and batch > 1 and not x.requires_grad and linear.weight.is_contiguous() and w.is_contiguous()
-            and all(map(native.serves, (x, linear.weight, norm.weight, w)))
+            and all(map(native.serves, (x, linear.weight, norm.weight, norm.bias, w)))
             and all(mask is None or native.serves(mask) and mask.shape == (batch, units) for mask in (masks.input, masks.feedback)))
 
 

@@ -27,8 +27,7 @@ def serves(connection: "Connection", neuron: Neuron, x: Tensor, mask: Optional[T
     if not (connection.is_plain and norm.training and neuron.has_kernels) or torch.is_autocast_enabled("cpu"):
         return False
     shape = (len(x), *connection.output_shape(x.shape[1:]))
-    fitting = (x.dim() == linear.weight.dim() and norm.weight.shape == norm.bias.shape == norm.running_mean.shape == shape[1:2]
-               and math.prod(shape) > shape[1] and (mask is None or mask.shape == shape))
+    fitting = x.dim() == linear.weight.dim() and math.prod(shape) > shape[1] and (mask is None or mask.shape == shape)
     return fitting and all(tensor is None or native.serves(tensor) for tensor in (x, linear.weight, norm.weight, norm.bias, mask))
 
 

@@ -268,21 +268,24 @@ static void place_group(const struct map *map, char *scratch, struct active *act
     }
 }
 
-/* products = bias + W (source - expected) for `count` samples, a group, of (in_positions, in_channels) each; expected may be null. Their
- * place is in the calling thread's scratch. Returns -1 where memory is short, else 0. */
+/* products = bias + W (source - expected) for up to `group` samples from the `first` on; source and expected, which may be null, are
+ * (batch, in_positions, in_channels). Their place is in the calling thread's scratch. Returns how many, -1 where memory is short. */
 static int group_products(const struct map *map, const float *packed, const float *bias, const int8_t *source, const int8_t *expected,
-                          float **products, int count)
+                          ptrdiff_t batch, ptrdiff_t first, ptrdiff_t group, float **products)
 {
     ptrdiff_t inputs = map->in_positions * map->in_channels;
+    int count = batch - first < group ? batch - first : group;
     struct active active[GROUP];
     char *scratch = thread_scratch(group_bytes(map));
     if (!scratch)
         return -1;
     place_group(map, scratch, active, products);
-    for (int s = 0; s < count; s++)
-        list_departures(map, source + s * inputs, expected ? expected + s * inputs : NULL, active[s].factors, active + s);
+    for (int s = 0; s < count; s++) {
+        ptrdiff_t at = (first + s) * inputs;
+        list_departures(map, source + at, expected ? expected + at : NULL, active[s].factors, active + s);
+    }
     add_rows(map, packed, bias, active, products, count);
-    return 0;
+    return count;
 }
 
 /* One time step of a layer whose input comes through `map` from the spikes `source` (batch, in_positions, in_channels):
@@ -292,16 +295,14 @@ ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bi
                      const float *current, const float *mask, float *potential, int8_t *spikes, float *total, uint8_t *counts,
                      ptrdiff_t batch, float threshold, float leak)
 {
-    ptrdiff_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels, fired = 0;
-    ptrdiff_t group = group_size(batch);
+    ptrdiff_t outputs = map->out_positions * map->out_channels, group = group_size(batch), fired = 0;
     int failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) reduction(+ : fired) reduction(| : failed)
     for (ptrdiff_t first = 0; first < batch; first += group) {
-        int count = batch - first < group ? batch - first : group;
         float *products[GROUP];
-        const int8_t *from = source + first * inputs, *before = expected ? expected + first * inputs : NULL;
-        failed |= group_products(map, packed, bias, from, before, products, count) < 0;
-        for (int s = 0; !failed && s < count; s++) {
+        int count = group_products(map, packed, bias, source, expected, batch, first, group, products);
+        failed |= count < 0;
+        for (int s = 0; s < count; s++) {
             ptrdiff_t at = (first + s) * outputs;
             fired += neuron_step(current ? current + at : NULL, products[s], mask ? mask + at : NULL, potential + at, spikes + at,
                                  total ? total + at : NULL, counts ? counts + at : NULL, outputs, threshold, leak);
@@ -315,16 +316,14 @@ ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bi
 int spike_drive(const struct map *map, const float *packed, const float *bias, const int8_t *source, const int8_t *expected,
                 const float *current, const float *mask, float *drive, ptrdiff_t batch)
 {
-    ptrdiff_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels;
-    ptrdiff_t group = group_size(batch);
+    ptrdiff_t outputs = map->out_positions * map->out_channels, group = group_size(batch);
     int failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) reduction(| : failed)
     for (ptrdiff_t first = 0; first < batch; first += group) {
-        int count = batch - first < group ? batch - first : group;
         float *products[GROUP];
-        const int8_t *from = source + first * inputs, *before = expected ? expected + first * inputs : NULL;
-        failed |= group_products(map, packed, bias, from, before, products, count) < 0;
-        for (int s = 0; !failed && s < count; s++)
+        int count = group_products(map, packed, bias, source, expected, batch, first, group, products);
+        failed |= count < 0;
+        for (int s = 0; s < count; s++)
             for (ptrdiff_t i = 0, at = (first + s) * outputs; i < outputs; i++, at++)
                 drive[at] = (current ? current[at] : 0.0f) + products[s][i] * (mask ? mask[at] : 1.0f);
     }

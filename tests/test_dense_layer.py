@@ -152,6 +152,14 @@ def test_masks_and_weights_that_do_not_fit_are_left_to_pytorch(monkeypatch):
     explicit_masks(network, [torch.ones(1, 40), torch.ones(11, 40)])  # One mask for all samples is as good.
     network.input(x, network.draw_masks(x).input).sum().backward()
     assert not dense_layer.serves(network.input, network.feedback, network.neuron, x, network.draw_masks(x))
+    explicit_masks(network, [torch.ones(11, 40), torch.ones(11, 40)])
+    norm = network.input.norm
+    for name in "weight", "bias":
+        fitting = getattr(norm, name)
+        setattr(norm, name, nn.Parameter(torch.ones(1)))
+        with pytest.raises(RuntimeError, match="weight|bias"):
+            network(x)
+        setattr(norm, name, fitting)
     network.input.linear = nn.Linear(23, 39)
     with pytest.raises((RuntimeError, ValueError), match="size|shape|match|dimension|running_mean"):
         network(x)
