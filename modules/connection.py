@@ -102,9 +102,9 @@ class Connection(nn.Module):
         linear, norm = self.linear, self.norm
         if type(self) is not Connection or type(linear) not in (nn.Linear, nn.Conv2d) or type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
             return False
-        vectors = linear.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
+        size, vectors = linear.weight.shape[:1], (linear.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
         return (norm.track_running_stats and norm.momentum is not None and not any(map(has_hooks, (self, linear, norm)))
-                and all(vector is not None and vector.shape == linear.weight.shape[:1] for vector in vectors))
+                and all(vector is not None and vector.shape == size for vector in vectors))
 
     @property
     def _synchronised(self) -> bool:

@@ -29,15 +29,16 @@ def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor
 
     The kernels check nothing, so what is refused here runs module by module, and fails there with PyTorch's message where it must.
     """
-    linear, norm, w = connection.linear, connection.norm, feedback.w
+    linear, norm = connection.linear, connection.norm
     plain = connection.is_plain and type(feedback) is Feedback and not has_hooks(feedback) and type(linear) is nn.Linear
     if not (plain and neuron.has_kernels and feedback.operator_input is None and norm.training and feedback.training
             and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")):
         return False
-    (batch, inputs), units = x.shape, len(linear.bias)
-    fitting = linear.weight.shape == (units, inputs) and w.shape == (units, units)
-    return (fitting and batch > 1 and not x.requires_grad and linear.weight.is_contiguous() and w.is_contiguous()
-            and all(map(native.serves, (x, linear.weight, norm.weight, norm.bias, w)))
+    weight, w, (batch, inputs) = linear.weight, feedback.w, x.shape
+    units = len(weight)
+    fitting = weight.shape == (units, inputs) and w.shape == (units, units)
+    return (fitting and batch > 1 and not x.requires_grad and weight.is_contiguous() and w.is_contiguous()
+            and all(map(native.serves, (x, weight, norm.weight, norm.bias, w)))
             and all(mask is None or native.serves(mask) and mask.shape == (batch, units) for mask in (masks.input, masks.feedback)))
 
 
