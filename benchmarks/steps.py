@@ -187,11 +187,12 @@ class Trained:
 
 def measure(case: Case, device: str, batch_file: str, weights: str, turns: int) -> Dict[str, Any]:
     """One row of the table."""
-    start, sides = OnGpu if device == "cuda" else Worker, []
-    for kind in (Project, Yardstick):
-        sides.append(start(kind, case, device, batch_file, weights))
-        sides[-1].call("time")
-    (project, yardstick), rate = sides, start(Rate, case, device)
+    start = OnGpu if device == "cuda" else Worker
+    rate = start(Rate, case, device)
+    yardstick = start(Yardstick, case, device, batch_file, weights)
+    yardstick.call("time")
+    project = start(Project, case, device, batch_file, weights)
+    project.call("time")
     times, floors = {"project": [], "yardstick": []}, []
     for _ in range(turns):
         times["project"].append(project.call("time"))

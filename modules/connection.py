@@ -46,6 +46,11 @@ class Connection(nn.Module):
         # Under bf16_products the linear map alone is bfloat16.
         return masked(self.norm(self.linear(x).to(x.dtype)), mask)
 
+    def linear_part(self, x: Tensor) -> Tensor:
+        """W x + b without a gradient, in the dtype of the products."""
+        # Of a parameter itself autocast would keep the rounded copy, without a gradient, for later uses too.
+        return self.map(x, self.linear.weight.detach(), self.linear.bias.detach())
+
     def rate(self, x: Tensor, neuron: Neuron, mask: Optional[Tensor],
              source: Optional[SaturatedNorm] = None) -> Tuple[Tensor, Optional[SaturatedNorm]]:
         """The rate that a layer settles at under this connection's current, for the rate x of the layer before, and what recomputes it.
@@ -59,7 +64,7 @@ class Connection(nn.Module):
     def rate_and_link(self, x: Tensor, neuron: Neuron, mask: Optional[Tensor], training: bool) -> Tuple[Tensor, Link]:
         """The same rate and the link of Jᵀ there; `training` as in `linearised`."""
         if training and hidden_layer.serves(self, neuron, x, mask):
-            rate, saturated = SaturatedNorm.at(self.linear(x), self.norm, mask, neuron.threshold)
+            rate, saturated = SaturatedNorm.at(self.linear_part(x), self.norm, mask, neuron.threshold)
             return rate, Link(self.map, self.linear.weight, x.shape[1:], norm=saturated)
         drive, link = self.linearised(x, training)
         rate, gain = neuron.masked_equilibrium(drive, mask)

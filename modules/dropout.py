@@ -6,7 +6,7 @@ from typing import Optional, Sequence, Union
 import torch
 from torch import Tensor
 
-from modules import gpu, native
+from modules.kernels import kernels_for
 
 
 def draw_seeds(count: int) -> Tensor:
@@ -23,7 +23,7 @@ def dropout_mask(shape: Sequence[int], p: float, like: Tensor, seed: Union[int, 
     """
     drop, count = round(p * 65536), math.prod(shape)
     least, scale = drop - 32768, 65536 / (65536 - drop)
-    kernels = native if native.serves(like) else gpu.kernels_for(like)
+    kernels = kernels_for(like)
     if kernels:
         mask = kernels.keep_mask(seed, count, least, scale)
     else:

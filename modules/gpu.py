@@ -35,6 +35,16 @@ def stream_aside(device: int) -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)
 
 
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """Have the block's work done in that stream, after what was launched before it and before what will be."""
+    own, current = stream_aside(torch.cuda.current_device()), torch.cuda.current_stream()
+    own.wait_stream(current)
+    with torch.cuda.stream(own):
+        yield
+    current.wait_stream(own)
+
+
 def capturing(graph: "torch.cuda.CUDAGraph", pool: Any) -> ContextManager[None]:
     """Kernels that are launched in the block become the graph's, which takes its memory from `pool`."""
     # Other threads, such as those that watch over a job of several processes, may go on meanwhile.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from modules.gpu import capturing, not_captured, stream_aside, take_at_once
+from modules.gpu import aside, capturing, not_captured, take_at_once
 from modules.graphed_solve import GraphedJacobian
 from modules.hooks import has_hooks
 from modules.implicit import Pass
@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from modules.network import FeedbackSNN
 
 WARM_UP_RUNS = 3
-# How many float32 tensors of every layer a simulation holds, about, and what a pass leaves for its gradient: rates, slopes and batch
-# norms' inputs of f, and Jᵀ's.
-LAYERS_SIMULATED, LAYERS_KEPT = 2, 5
+# How many float32 tensors of every layer a simulation holds, about, and a training pass with what it leaves for its gradient.
+LAYERS_SIMULATED, LAYERS_TRAINED = 2, 4
 MOST_GRAPHS = 6  # Each holds a pass's memory: a training batch, a test batch, the last, smaller one of either, and a few more.
 
 
@@ -114,32 +113,27 @@ class _Graph:
         buffers = list(network.buffers())
         before = [buffer.clone() for buffer in buffers]
         try:
-            aside = stream_aside(torch.cuda.current_device())
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
+            with aside():
                 for _ in range(WARM_UP_RUNS):
                     passed = self._pass(network)
                     if with_gradient:
-                        self._gradients(passed, torch.zeros_like(passed.mapped))
+                        self._gradients(passed.mapped, torch.zeros_like(passed.mapped))
                     del passed
-            torch.cuda.current_stream().wait_stream(aside)
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with capturing(self.forward, pool):
-                layers = LAYERS_KEPT if with_gradient else LAYERS_SIMULATED
+                layers = LAYERS_TRAINED if with_gradient else LAYERS_SIMULATED
                 take_at_once(layers * x.element_size() * network.batch_size(x) * sum(network.neuron_counts))
                 self.passed = self._pass(network)
                 if with_gradient:
                     self.passed.jacobian.adjoints  # made in here, once for all products
+                    self.v = torch.zeros_like(self.passed.mapped)
             if with_gradient:
-                self.v = torch.zeros_like(self.passed.mapped)
-                jacobian = GraphedJacobian(self.passed.jacobian)
-                if network.solver.method == "anderson":
-                    # Here, as it may use again what the simulation does not need any more, but not what the backward pass will need.
-                    jacobian.capture(self.v, pool)
+                # The solve comes after the forward pass and before the backward one. Captured last, it works where the other two keep
+                # what they need on the way only, and leaves alone what lies there from one to the other.
                 with capturing(self.backward, pool):
-                    gradients = self._gradients(self.passed, self.v)
-                    self.missing = [gradient is None for gradient in gradients]
-                    self.gradients = torch.cat([gradient.reshape(-1) for gradient in gradients if gradient is not None])
+                    self.gradients, self.missing = self._joint_gradients()
+                    jacobian = GraphedJacobian(self.passed.jacobian, self.v if network.solver.method == "anderson" else None)
+                jacobian.capture(pool)
                 # Nothing is left to do for what autograd has noted.
                 self.passed = self.passed._replace(mapped=self.passed.mapped.detach(), jacobian=jacobian)
         finally:
@@ -150,8 +144,14 @@ class _Graph:
     def _pass(self, network: "FeedbackSNN") -> Pass:
         return torch.func.functional_call(_Pass(network), self._aliases, (self.x, self.seeds))
 
-    def _gradients(self, passed: Pass, v: Tensor) -> List[Optional[Tensor]]:
-        return torch.autograd.grad(passed.mapped, list(self._aliases.values()), v, allow_unused=True)
+    def _gradients(self, mapped: Tensor, v: Tensor, retain_graph: bool = False) -> List[Optional[Tensor]]:
+        return torch.autograd.grad(mapped, list(self._aliases.values()), v, retain_graph, allow_unused=True)
+
+    def _joint_gradients(self) -> Tuple[Tensor, List[bool]]:
+        """Those for v one after the other, and which parameters have none."""
+        gradients = self._gradients(self.passed.mapped, self.v, retain_graph=True)
+        return (torch.cat([gradient.reshape(-1) for gradient in gradients if gradient is not None]),
+                [gradient is None for gradient in gradients])
 
     def run(self, x: Tensor, seeds: Tensor) -> None:
         self.x.copy_(x)

@@ -1,12 +1,12 @@
 """The backward solve of a captured pass, in CUDA graphs of its own, as how many iterations it takes is known on the way only."""
 
-from typing import Any, Optional
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from modules.event_driven import kernel_layout
-from modules.gpu import capturing, not_captured, tf32_products
+from modules.gpu import aside, capturing, not_captured, tf32_products
 from modules.jacobian import TransposedJacobian
 from modules.solvers import Anderson, Reading, Solution, iterate
 
@@ -15,17 +15,25 @@ ROUGH_RESIDUAL = 5e-4
 
 
 class GraphedJacobian(TransposedJacobian):
-    """A captured pass's Jᵀ, whose solve is captured too."""
+    """A captured pass's Jᵀ, whose solve is captured too.
 
-    def __init__(self, jacobian: TransposedJacobian):
-        self.links, self.adjoints, self._iteration = jacobian.links, jacobian.adjoints, None
+    It is made in a capture, in whose memory the solve's vectors then are, each of the shape of `like` (batch, *last layer's shape). If
+    that is None, the solve is not to be captured.
+    """
+
+    def __init__(self, jacobian: TransposedJacobian, like: Optional[Tensor]):
+        self.links, self.adjoints = jacobian.links, jacobian.adjoints
+        self._iteration = None if like is None else _GraphedIteration(like)
 
     @torch.no_grad()
-    def capture(self, gradient: Tensor, pool: Any) -> None:
-        """Have later solves run in graphs for gradients like this one; `pool` is for what a product with Jᵀ takes for itself."""
+    def capture(self, pool: Any) -> None:
+        """Have later solves run in graphs; `pool` is for what a product with Jᵀ takes for itself."""
+        if self._iteration is None:
+            return
         try:
-            self._iteration = _GraphedIteration(self, gradient, pool)
+            self._iteration.capture(self, pool)
         except RuntimeError as error:
+            self._iteration = None
             not_captured("the backward solve", error)
 
     @torch.no_grad()
@@ -56,26 +64,43 @@ class _GraphedIteration:
     Where products are float32, another graph's are tf32, for the visits while `rough` is set.
     """
 
-    def __init__(self, jacobian: TransposedJacobian, gradient: Tensor, pool: Any):
-        self.gradient, self.x, self.at, self.mapped, self.difference = (torch.empty_like(kernel_layout(gradient)) for _ in range(5))
-        self.scale, self.residual = gradient.new_ones(()), gradient.new_ones(())
+    def __init__(self, like: Tensor):
+        self.gradient, self.x, self.at, self.mapped, self.difference = (torch.empty_like(kernel_layout(like)) for _ in range(5))
+        self.scale, self.residual = like.new_empty(()), like.new_empty(())
         self.proposer, self.proposals, self.visits, self.rough = Anderson(), {}, {}, False
-        # Not in the graphs' memory, where another graph's intermediate results would overwrite what is remembered.
         self.proposer.allocate(self.x)
-        self.start(gradient)
+
+    def capture(self, jacobian: TransposedJacobian, pool: Any) -> None:
+        self.start(self.gradient.zero_())
         self.visits[False] = self._captured_visit(jacobian, pool)
         if not torch.backends.cudnn.allow_tf32:
             with tf32_products():
                 self.visits[True] = self._captured_visit(jacobian, pool)
-        self.proposer.propose(self.at, self.mapped, self.difference)  # What its libraries set up comes before the capture.
-        self.pool = torch.cuda.graph_pool_handle()
+        with aside():
+            self._propose()  # What its libraries set up comes before the capture.
+        for count in range(2 * Anderson.memory):  # till the memory is full, and once round it
+            self.proposer.count = count
+            state = self._state
+            self.proposals[state] = self._captured(self._propose, pool)
 
     def _captured_visit(self, jacobian: TransposedJacobian, pool: Any) -> "torch.cuda.CUDAGraph":
-        self._visit(jacobian)
+        with aside():
+            self._visit(jacobian)
+        return self._captured(lambda: self._visit(jacobian), pool)
+
+    def _captured(self, work: Callable[[], None], pool: Any) -> "torch.cuda.CUDAGraph":
         graph = torch.cuda.CUDAGraph()
         with capturing(graph, pool):
-            self._visit(jacobian)
+            work()
         return graph
+
+    @property
+    def _state(self) -> Tuple[int, int]:
+        """Of Anderson's memory: the place that the next iterate takes, and how many are remembered."""
+        return self.proposer.count % Anderson.memory, min(self.proposer.count, Anderson.memory)
+
+    def _propose(self) -> None:
+        self.x.copy_(self.proposer.propose(self.at, self.mapped, self.difference))
 
     def _visit(self, jacobian: TransposedJacobian) -> None:
         self.at.copy_(self.x)
@@ -102,12 +127,5 @@ class _GraphedIteration:
         return self.at.clone()
 
     def propose(self) -> None:
-        count = self.proposer.count
-        state = count % Anderson.memory, min(count, Anderson.memory)
-        if state not in self.proposals:
-            graph = torch.cuda.CUDAGraph()
-            with capturing(graph, self.pool):
-                self.x.copy_(self.proposer.propose(self.at, self.mapped, self.difference))
-            self.proposals[state] = graph
-        self.proposals[state].replay()
-        self.proposer.count = count + 1
+        self.proposals[self._state].replay()
+        self.proposer.count += 1

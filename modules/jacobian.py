@@ -65,8 +65,6 @@ class Link(NamedTuple):
     def adjoint(self) -> Tuple[LinearMap, Tensor]:
         """Wᵀ as a map with its weight."""
         map, weight = self.map.mirrored(self.weight, self.input_shape)
-        if weight.is_cuda and map.kind == "transposed" and map.stride == (1, 1) and not torch.backends.cudnn.allow_tf32:
-            map, weight = map.unmirrored(weight)  # In float32, cuDNN's convolutions are up to three times faster than its data gradients.
         # A CPU's convolutions lay out the weight in their own way each time, so that a copy would only take memory.
         return map, kernel_layout(weight) if weight.is_cuda and map.kind != "dense" else weight
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from modules.event_driven import EventMap
+    from modules.hidden_layer import SaturatedNorm
 
 PANEL = 32  # as in native.h
 SAMPLES_TO_JUDGE_BY = 16
@@ -272,20 +273,25 @@ def layer_backward(layer: LayerStruct, v: Tensor, gradients: Sequence[Tensor]) -
     _check(library().layer_backward(layer, *pointers(v, *gradients)))
 
 
-def norm_forward(norm: NormStruct, mask: Optional[Tensor], epsilon: float, rate: Tensor) -> None:
-    """Write the rates behind a batch norm, mask and clamp (native_norm.c), and where `norm` points to what their gradient needs."""
-    if _check(library().norm_forward(norm, _pointer(mask), epsilon, _pointer(rate))):
+def norm_forward(norm: "SaturatedNorm", mask: Optional[Tensor], epsilon: float, rate: Tensor) -> None:
+    """Write the rates behind a batch norm, mask and clamp (native_norm.c), and into `norm`, from its y, γ and β, what is in it beside."""
+    if _check(library().norm_forward(_norm_struct(norm), _pointer(mask), epsilon, _pointer(rate))):
         raise ValueError("a dropout mask has one value at all the units that it keeps, and 0 at the others")
 
 
-def norm_rates(norm: NormStruct, rate: Tensor) -> None:
+def norm_rates(norm: "SaturatedNorm", rate: Tensor) -> None:
     """Write the same rates again."""
-    _check(library().norm_rates(norm, _pointer(rate)))
+    _check(library().norm_rates(_norm_struct(norm), _pointer(rate)))
 
 
-def norm_backward(norm: NormStruct, gradient: Tensor, of_y: Tensor, of_gamma: Optional[Tensor], of_beta: Optional[Tensor]) -> None:
-    """Write the gradients for one in the rates; `of_y` may be that one itself."""
-    _check(library().norm_backward(norm, *pointers(gradient, of_y, of_gamma, of_beta)))
+def norm_backward(norm: "SaturatedNorm", gradient: Tensor, of_y: Tensor, of_gamma: Optional[Tensor], of_beta: Optional[Tensor]) -> None:
+    """Write the gradients for one in the rates; `of_y` may be that one itself. Those in γ and β may be None."""
+    _check(library().norm_backward(_norm_struct(norm), *pointers(gradient, of_y, of_gamma, of_beta)))
+
+
+def _norm_struct(norm: "SaturatedNorm") -> NormStruct:
+    # Made for each call: autograd's hooks may have put other tensors into their places.
+    return NormStruct(norm.y.numel() // norm.y.shape[1], norm.y.shape[1], norm.threshold, *pointers(*norm.tensors))
 
 
 def pointers(*tensors: Optional[Tensor]) -> List[Optional[int]]:

@@ -6,8 +6,8 @@ from typing import Callable, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from modules import gpu, native
 from modules.dropout import masked
+from modules.kernels import kernels_for
 
 # Spikes from membrane potentials and the threshold.
 Fire = Callable[[Tensor, float], Tensor]
@@ -90,7 +90,7 @@ def neuron_step(current: Tensor, state: NeuronState, neuron: Neuron, fire: Fire 
 class _Saturate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, drive, mask, threshold):
-        kernels = native if native.serves(drive) else gpu.kernels_for(drive)
+        kernels = kernels_for(drive)
         if kernels:
             rate, slope = kernels.saturate(drive, mask, threshold)
         else:

@@ -1,7 +1,7 @@
 """The Triton kernels, for CUDA devices: what native_*.c is for CPUs.
 
 One updates a layer's neurons, one does so with the products of a convolution that it computes itself; others evaluate neurons at
-equilibrium, weigh the vectors of Anderson's method and draw dropout masks.
+equilibrium, weigh the vectors of Anderson's method and draw dropout masks. Those of hidden layers' batch norms are in triton_norm.py.
 Tensors are dense and in the layout of `modules.event_driven.kernel_layout`, channels last for images, so that a unit's channel is its
 address modulo the number of channels.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modules.event_driven import kernel_layout
 from modules.linear_map import LinearMap
+from modules.triton_norm import norm_backward, norm_forward, norm_rates  # noqa: F401, for modules.kernels
 
 BLOCK = 1024
 

@@ -147,6 +147,17 @@ def test_a_gradient_whose_pass_was_overwritten_is_refused():
 
 
 @needs_cuda
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_one_pass_can_be_taken_twice(kind):
+    pair, x = graphed_and_not(kind)
+    for network in pair:
+        loss = network(x).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert_same_tensors(*pair)
+
+
+@needs_cuda
 def test_hooks_on_connections_are_called():
     (network, _), x = graphed_and_not("multi-layer")
     seen = []

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from modules import gpu
 from modules.dropout import random_draws
+from modules.event_driven import kernel_layout
+from modules.hidden_layer import SaturatedNorm
 from modules.implicit import BackwardSolver
 from modules.linear_map import LinearMap
 from modules.neuron import NeuronState, make_neuron, neuron_step, resting_state
@@ -124,6 +127,38 @@ def compare_equilibrium_rates_with_pytorch(device):
         torch.testing.assert_close(slope, scaled.clamp(0, 1).eq(scaled) * keep / 2.0)
 
 
+def compare_batch_norms_with_pytorch(device):
+    """Rates behind batch norm, mask and clamp with their gradients, against autograd in float64, over several parts of the rows."""
+    from modules import triton_kernels
+    from modules.triton_norm import ROWS
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
+        for shape, drop in (((3, 40, 7, 9), 0.3), ((2 * ROWS + 1, 5), 0.0), ((1, 33, 2, 5), 0.5), ((2, 64, 16, 16), 0.3)):
+            # Far from 0 in some channels, where squares about anything but the mean would cancel.
+            far = torch.linspace(0, 50 if dtype == torch.float32 else 1, shape[1]).view(-1, *[1] * (len(shape) - 2))
+            y, v = kernel_layout((torch.randn(shape) + far).to(device, dtype)), kernel_layout(torch.randn(shape, device=device))
+            mask = kernel_layout(torch.rand(shape).ge(drop).div(1 - drop).to(device)) if drop else None
+            norm = (torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d)(shape[1]).to(device)
+            with torch.no_grad():
+                norm.weight.uniform_(-1, 1)
+                norm.bias.uniform_(-0.1, 0.8)
+            exact, input, dims = copy.deepcopy(norm).double(), y.double().requires_grad_(), [0, *range(2, len(shape))]
+            scaled = exact(input) * (1 if mask is None else mask.double()) / 0.7
+            expected, (variance, mean) = scaled.clamp(0, 1), torch.var_mean(y.double(), dims)
+            v *= ((scaled - 0.5).abs() - 0.5).abs() > 1e-4  # The clamp's corners hang on roundings.
+            wanted = torch.autograd.grad(expected, [input, exact.weight, exact.bias], v.double())
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(gpu, "kernels_for", lambda tensor: triton_kernels)
+                rate, saturated = SaturatedNorm.at(y, norm, mask, 0.7)
+                again, gradients, product = saturated.rate(), saturated.gradients(v), saturated(v.clone())
+            assert 0.05 < rate.mean() < 0.95 and (rate.dtype, again.dtype, gradients[0].dtype) == (torch.float32, dtype, dtype)
+            torch.testing.assert_close(rate.double(), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(again.double(), expected, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(saturated.mean.double(), mean, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(saturated.variance.double(), variance, atol=1e-6, rtol=1e-5)
+            for own, other in zip((*gradients, product), (*wanted, wanted[0])):
+                assert (own - other).norm() <= (tolerance if own is gradients[0] else 1e-5) * other.norm() + 1e-6
+
+
 def compare_anderson_weights_with_pytorch(device):
     """Over two rounds of the memory, with vectors that are nearly dependent and of very different lengths."""
     from modules.triton_kernels import anderson_weights
@@ -187,7 +222,7 @@ def compare_masks_with_pytorch(device):
 
 COMPARISONS = {"neuron step": compare_neuron_step_with_pytorch, "bias per channel": compare_bias_per_channel_with_pytorch,
                "convolutions": compare_convolutions_with_pytorch, "rates at equilibrium": compare_equilibrium_rates_with_pytorch,
-               "training step": compare_a_training_step_with_pytorch,
+               "batch norms": compare_batch_norms_with_pytorch, "training step": compare_a_training_step_with_pytorch,
                "Anderson's weights": compare_anderson_weights_with_pytorch, "dropout masks": compare_masks_with_pytorch}
 
 
