@@ -40,9 +40,11 @@ def aside() -> Iterator[None]:
     """Have the block's work done in that stream, after what was launched before it and before what will be."""
     own, current = stream_aside(torch.cuda.current_device()), torch.cuda.current_stream()
     own.wait_stream(current)
-    with torch.cuda.stream(own):
-        yield
-    current.wait_stream(own)
+    try:
+        with torch.cuda.stream(own):
+            yield
+    finally:
+        current.wait_stream(own)
 
 
 def capturing(graph: "torch.cuda.CUDAGraph", pool: Any) -> ContextManager[None]:

@@ -26,7 +26,7 @@ class GraphedPasses:
 
     The graphs read the network's parameters and buffers where they lie. One set of memory serves all passes with a gradient, so while
     one of them may still be propagated back through, another runs without a graph. So does what can't be captured, and a network with
-    hooks on its connections, which a graph would not call.
+    hooks on its connections, which a graph would not call, or under the caller's own autocast.
     """
 
     def __init__(self):
@@ -186,7 +186,12 @@ class _Replayed(torch.autograd.Function):
 
 
 def _kind(network: "FeedbackSNN", x: Tensor) -> Optional[Tuple]:
-    """Everything that a captured pass takes for granted; None where connections have hooks."""
+    """Everything that a captured pass takes for granted; None where connections have hooks, and under an autocast of the caller's.
+
+    That keeps rounded copies of the weights, from which a graph would go on reading.
+    """
+    if torch.is_autocast_enabled("cuda"):
+        return None
     modules = []
     for module in network.modules():
         if has_hooks(module) and module not in (network, network.readout):
@@ -196,5 +201,5 @@ def _kind(network: "FeedbackSNN", x: Tensor) -> Optional[Tuple]:
                         *((tensor.data_ptr(), tensor.requires_grad) for tensor in tensors)))
     return (x.shape, x.dtype, x.device, tuple(modules), network.time_steps, network.dropout, network.neuron,
             network.jacobian_bn, network.bf16_products, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled("cuda"), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
             torch.are_deterministic_algorithms_enabled())

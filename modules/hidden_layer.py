@@ -29,7 +29,8 @@ def serves(connection: "Connection", neuron: Neuron, x: Tensor, mask: Optional[T
         return False
     shape = (len(x), *connection.output_shape(x.shape[1:]))
     fitting = x.dim() == linear.weight.dim() and math.prod(shape) > shape[1] and (mask is None or mask.shape == shape)
-    return fitting and all(tensor is None or kernels_for(tensor) for tensor in (x, linear.weight, norm.weight, norm.bias, mask))
+    tensors = [tensor for tensor in (x, linear.weight, norm.weight, norm.bias, mask) if tensor is not None]
+    return fitting and all(kernels_for(tensor) and tensor.device == x.device for tensor in tensors)
 
 
 def rate(connection: "Connection", neuron: Neuron, x: Tensor, mask: Optional[Tensor],
@@ -51,7 +52,7 @@ class SaturatedNorm(NamedTuple):
     """A batch norm in training mode with the dropout mask and the clamp behind it, at the linear map's output y (batch, channels, …).
 
     `state` says where the clamp stands (native_norm.c), `keep` is the value of the mask where it is not 0. Statistics, γ and β are
-    (channels,). All is float32, but `state` int8 and y perhaps bfloat16. As a link's derivative it includes the gain.
+    (channels,). `state` is int8, y of the products' dtype, all else float32. As a link's derivative it includes the gain.
     """
 
     y: Tensor
@@ -73,7 +74,7 @@ class SaturatedNorm(NamedTuple):
         """
         y, gamma = kernel_layout(y), norm.weight.detach()
         rate, state = torch.empty_like(y, dtype=gamma.dtype), torch.empty_like(y, dtype=torch.int8)
-        saturated = cls(y, state, *gamma.new_empty(3, len(gamma)), gamma, norm.bias.detach(), gamma.new_empty(()), threshold)
+        saturated = cls(y, state, *gamma.new_empty(3, len(gamma)), gamma, norm.bias.detach(), gamma.new_zeros(()), threshold)
         saturated._run("norm_forward", None if mask is None else kernel_layout(mask), norm.eps, rate)
         return rate, saturated
 

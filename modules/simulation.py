@@ -29,7 +29,7 @@ MOST_UNITS = 2**31 - 1
 class Masks(NamedTuple):
     """The dropout masks of one pass, (batch, *layer shape) each, or None where nothing is dropped.
 
-    Each is 0 or one scale that all its kept units have.
+    Each is 0 or one scale that all its kept units have. On a CPU others are an error in training, on a GPU results are wrong then.
     """
 
     input: Optional[Tensor] = None

@@ -49,8 +49,9 @@ ALTERATIONS = (
     lambda draw, data, at: data[:at] + (number := draw.choice(NUMBERS)) + data[at + len(number):],
     lambda draw, data, at: data[:at] + draw.choice(PICKLE_PARTS) + data[at:],
 )
-PICKLE_PARTS = [b"cos\nsystem\n(S'touch executed'\ntR", b"\x82\x01", b"\x83\x01\x02", b"(ios\nsystem\n", b"b", b"}b", b"(", b"t", b"]" * 500,
-                b"\x85" * 3000, b"g0\n", b"h\x00", b"j\xff\xff\xff\xff", b"2", b"0", b"R", b"\x81", b"Q", b"u", b"e", b"N", b"P1\n"]
+PICKLE_PARTS = [b"cos\nsystem\n(S'touch executed'\ntR", b"\x82\x01", b"\x83\x01\x02", b"(ios\nsystem\n", b"b", b"}b", b"(", b"t",
+                b"]" * 500, b"\x85" * 3000, b"g0\n", b"h\x00", b"j\xff\xff\xff\xff", b"2", b"0", b"R", b"\x81", b"Q", b"u", b"e",
+                b"N", b"P1\n"]
 
 
 class Evil:

@@ -21,9 +21,9 @@ FLAGS = ["--dataset", "-d", "--path", "-j", "--train-limit", "--test-limit", "--
          "--drop", "--solver", "--tol", "--threshold", "--jacobian-bn", "--epochs", "--start-epoch", "--optimizer", "--lr", "--schedule",
          "--gamma", "--warmup", "--momentum", "--wd", "-c", "--resume", "-e", "--firing-rate", "--manualSeed", "--device", "--precision",
          "--gpu-id", "--nmnist-binning", "--t", "--", "-", "---x", "@file"]
-TEXTS = ["", " ", "0", "1", "-1", "5", "0.5", "1e-3", "1e400", "-0", "nan", "inf", "-inf", "9" * 30, "9" * 5000, "0x10", "1_0", "١", "½", "é",
-         "\ud800", "\udcff", "a\0b", "\n", "cifar10", "CIFAR-100", "mnist", "sgd", "SGD", "cpu", "auto", ".", "/", "/dev/null", "a" * 5000,
-         "%s", "%(prog)s", "{}", "none", "../x", "time"]
+TEXTS = ["", " ", "0", "1", "-1", "5", "0.5", "1e-3", "1e400", "-0", "nan", "inf", "-inf", "9" * 30, "9" * 5000, "0x10", "1_0", "١", "½",
+         "é", "\ud800", "\udcff", "a\0b", "\n", "cifar10", "CIFAR-100", "mnist", "sgd", "SGD", "cpu", "auto", ".", "/", "/dev/null",
+         "a" * 5000, "%s", "%(prog)s", "{}", "none", "../x", "time"]
 
 
 def arguments(folder):

@@ -107,8 +107,8 @@ def test_checkpoints_that_claim_more_than_they_hold(tmp_path):
     resume(path)  # a rewritten file is read, so that what follows is refused for the reason that it gives
     storage = next(name for name in files if name.endswith("data/0"))
     for harmed, method, reason in [
-            ({storage: bytes(2**27)}, zipfile.ZIP_DEFLATED, "compressed"), ({storage: files[storage][:-4]}, zipfile.ZIP_STORED, "storage 0"),
-            ({storage: b""}, zipfile.ZIP_STORED, "storage 0")]:
+            ({storage: bytes(2**27)}, zipfile.ZIP_DEFLATED, "compressed"),
+            ({storage: files[storage][:-4]}, zipfile.ZIP_STORED, "storage 0"), ({storage: b""}, zipfile.ZIP_STORED, "storage 0")]:
         rewritten(path, files | harmed, method)
         with pytest.raises(UserError, match=reason):
             load_checkpoint(path)

@@ -30,7 +30,8 @@ with written_aside(folder / "latest", folder / "previous") as file:
 """
 
 
-@pytest.mark.parametrize("calls,latest,previous", [(0, b"old", b"older"), (1, b"old", b"older"), (2, b"new", b"older"), (3, b"new", b"old")])
+@pytest.mark.parametrize("calls,latest,previous", [(0, b"old", b"older"), (1, b"old", b"older"), (2, b"new", b"older"),
+                                                   (3, b"new", b"old")])
 def test_whenever_a_process_ends_two_files_are_whole_and_no_damage_to_one_reaches_the_other(tmp_path, calls, latest, previous):
     (tmp_path / "latest").write_bytes(b"old")
     (tmp_path / "previous").write_bytes(b"older")

@@ -158,6 +158,15 @@ def test_the_gradient_of_one_pass_can_be_taken_twice(kind):
 
 
 @needs_cuda
+def test_under_an_autocast_of_the_callers_nothing_is_captured():
+    """It would keep rounded copies of the weights, from which graphs would go on reading."""
+    (network, _), x = graphed_and_not("multi-layer")
+    with torch.autocast("cuda", torch.bfloat16):
+        network(x).square().sum().backward()
+    assert not network._graphed._captured and network.input.linear.weight.grad.norm() > 0
+
+
+@needs_cuda
 def test_hooks_on_connections_are_called():
     (network, _), x = graphed_and_not("multi-layer")
     seen = []

@@ -30,6 +30,17 @@ def test_transposed_form_in_parts(kind, kernel, padding, batch, monkeypatch):
     assert parts == [3] if batch == 3 else parts == [SAMPLES_AT_ONCE, 6]
 
 
+def test_autograd_keeps_no_other_form_of_the_weight(monkeypatch):
+    """Which is one of each time step in back-propagation through time."""
+    monkeypatch.setattr(LinearMap, "_is_better_in_parts", lambda *_: True)
+    map, weight, kept = LinearMap("convolutional", (1, 1), (1, 1)), torch.randn(3, 2, 3, 3), []
+    for wanted in ((True, False), (False, True)):
+        x, own = torch.randn(4, 2, 5, 5).requires_grad_(wanted[0]), weight.clone().requires_grad_(wanted[1])
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda kept: None):
+            map(x, own)
+    assert weight.shape in kept and weight.transpose(0, 1).shape not in kept
+
+
 @needs_cuda
 @pytest.mark.parametrize("kind, kernel, padding", [*MAPS, ("convolutional", 1, (1, 1))])
 def test_float32_convolutions_on_a_gpu(kind, kernel, padding, monkeypatch):

@@ -265,8 +265,9 @@ def test_saturation_equals_pytorch(monkeypatch):
         assert torch.equal(one, other)
 
 
-FEEDBACKS = [(nn.Linear(9, 9, bias=False), (9,), 4), (nn.Linear(45, 45, bias=False), (45,), 33), (nn.Linear(400, 400, bias=False), (400,), 40),
-             (nn.Conv2d(3, 3, 5, padding=2, bias=False), (3, 7, 6), 5), (nn.Conv2d(40, 40, 3, padding=1, bias=False), (40, 6, 6), 3)]
+FEEDBACKS = [(nn.Linear(9, 9, bias=False), (9,), 4), (nn.Linear(45, 45, bias=False), (45,), 33),
+             (nn.Linear(400, 400, bias=False), (400,), 40), (nn.Conv2d(3, 3, 5, padding=2, bias=False), (3, 7, 6), 5),
+             (nn.Conv2d(40, 40, 3, padding=1, bias=False), (40, 6, 6), 3)]
 
 
 def product_of(map, weight, gain):
