@@ -4,12 +4,17 @@ import contextlib
 import functools
 import warnings
 from types import ModuleType
-from typing import Any, ContextManager, Iterator, Optional
+from typing import Any, Iterator, Optional
 
 import torch
 from torch import Tensor
 
 OLDEST = (8, 0)  # compute capability for which the kernels are made
+
+
+def serves_graphs(tensor: Tensor) -> bool:
+    """Whether work on tensors like this one can be captured in graphs."""
+    return tensor.is_cuda
 
 
 def kernels_for(tensor: Tensor) -> Optional[ModuleType]:
@@ -47,10 +52,18 @@ def aside() -> Iterator[None]:
         current.wait_stream(own)
 
 
-def capturing(graph: "torch.cuda.CUDAGraph", pool: Any) -> ContextManager[None]:
-    """Kernels that are launched in the block become the graph's, which takes its memory from `pool`."""
+def memory_pool() -> Any:
+    """For the graphs of which no two run at the same time: each may work where another has left nothing behind."""
+    return torch.cuda.graph_pool_handle()
+
+
+@contextlib.contextmanager
+def capturing(pool: Any) -> Iterator["torch.cuda.CUDAGraph"]:
+    """Kernels that are launched in the block become those of the graph that it gets, which takes its memory from `pool`."""
+    graph = torch.cuda.CUDAGraph()
     # Other threads, such as those that watch over a job of several processes, may go on meanwhile.
-    return torch.cuda.graph(graph, pool, stream_aside(torch.cuda.current_device()), capture_error_mode="thread_local")
+    with torch.cuda.graph(graph, pool, stream_aside(torch.cuda.current_device()), capture_error_mode="thread_local"):
+        yield graph
 
 
 def take_at_once(size: int) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from modules.gpu import aside, capturing, not_captured, take_at_once
+from modules import gpu
 from modules.graphed_solve import GraphedJacobian
 from modules.hooks import has_hooks
 from modules.implicit import Pass
@@ -69,11 +69,11 @@ class GraphedPasses:
     def _capture(self, network: "FeedbackSNN", x: Tensor, with_gradient: bool) -> "Optional[_Graph]":
         if any(isinstance(module, SynchronisedBatchNorm) for module in network.modules()):
             return None  # Processes that exchange statistics do so without a graph.
-        pool = self._pools.setdefault(with_gradient, torch.cuda.graph_pool_handle())
+        pool = self._pools.setdefault(with_gradient, gpu.memory_pool())
         try:
             return _Graph(network, x, with_gradient, pool)
         except RuntimeError as error:
-            return not_captured("the network's passes", error)
+            return gpu.not_captured("the network's passes", error)
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> "GraphedPasses":
         return GraphedPasses()
@@ -113,16 +113,15 @@ class _Graph:
         buffers = list(network.buffers())
         before = [buffer.clone() for buffer in buffers]
         try:
-            with aside():
+            with gpu.aside():
                 for _ in range(WARM_UP_RUNS):
                     passed = self._pass(network)
                     if with_gradient:
                         self._gradients(passed.mapped, torch.zeros_like(passed.mapped))
                     del passed
-            self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with capturing(self.forward, pool):
+            with gpu.capturing(pool) as self.forward:
                 layers = LAYERS_TRAINED if with_gradient else LAYERS_SIMULATED
-                take_at_once(layers * x.element_size() * network.batch_size(x) * sum(network.neuron_counts))
+                gpu.take_at_once(layers * x.element_size() * network.batch_size(x) * sum(network.neuron_counts))
                 self.passed = self._pass(network)
                 if with_gradient:
                     self.passed.jacobian.adjoints  # made in here, once for all products
@@ -130,7 +129,7 @@ class _Graph:
             if with_gradient:
                 # The solve comes after the forward pass and before the backward one. Captured last, it works where the other two keep
                 # what they need on the way only, and leaves alone what lies there from one to the other.
-                with capturing(self.backward, pool):
+                with gpu.capturing(pool) as self.backward:
                     self.gradients, self.missing = self._joint_gradients()
                     jacobian = GraphedJacobian(self.passed.jacobian, self.v if network.solver.method == "anderson" else None)
                 jacobian.capture(pool)
@@ -190,7 +189,7 @@ def _kind(network: "FeedbackSNN", x: Tensor) -> Optional[Tuple]:
 
     That keeps rounded copies of the weights, from which a graph would go on reading.
     """
-    if torch.is_autocast_enabled("cuda"):
+    if torch.is_autocast_enabled(x.device.type):
         return None
     modules = []
     for module in network.modules():

@@ -5,8 +5,8 @@ from typing import Any, Callable, Optional, Tuple
 import torch
 from torch import Tensor
 
+from modules import gpu
 from modules.event_driven import kernel_layout
-from modules.gpu import aside, capturing, not_captured, tf32_products
 from modules.jacobian import TransposedJacobian
 from modules.solvers import Anderson, Reading, Solution, iterate
 
@@ -34,7 +34,7 @@ class GraphedJacobian(TransposedJacobian):
             self._iteration.capture(self, pool)
         except RuntimeError as error:
             self._iteration = None
-            not_captured("the backward solve", error)
+            gpu.not_captured("the backward solve", error)
 
     @torch.no_grad()
     def solve(self, gradient: Tensor, tol: float, max_iterations: int) -> Optional[Solution]:
@@ -74,9 +74,9 @@ class _GraphedIteration:
         self.start(self.gradient.zero_())
         self.visits[False] = self._captured_visit(jacobian, pool)
         if not torch.backends.cudnn.allow_tf32:
-            with tf32_products():
+            with gpu.tf32_products():
                 self.visits[True] = self._captured_visit(jacobian, pool)
-        with aside():
+        with gpu.aside():
             self._propose()  # What its libraries set up comes before the capture.
         for count in range(2 * Anderson.memory):  # till the memory is full, and once round it
             self.proposer.count = count
@@ -84,13 +84,12 @@ class _GraphedIteration:
             self.proposals[state] = self._captured(self._propose, pool)
 
     def _captured_visit(self, jacobian: TransposedJacobian, pool: Any) -> "torch.cuda.CUDAGraph":
-        with aside():
+        with gpu.aside():
             self._visit(jacobian)
         return self._captured(lambda: self._visit(jacobian), pool)
 
     def _captured(self, work: Callable[[], None], pool: Any) -> "torch.cuda.CUDAGraph":
-        graph = torch.cuda.CUDAGraph()
-        with capturing(graph, pool):
+        with gpu.capturing(pool) as graph:
             work()
         return graph
 

@@ -6,7 +6,7 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from modules import dense_layer
+from modules import dense_layer, gpu
 from modules.bptt import unroll
 from modules.connection import Connection
 from modules.dropout import draw_seeds, dropout_mask, masked
@@ -69,7 +69,7 @@ class FeedbackSNN(nn.Module):
         """Logits (batch, classes). `observe` is passed on to the simulation."""
         self._check_input(x)
         with torch.cuda.device_of(x) if x.is_cuda else nullcontext():
-            graphed = x.is_cuda and self.uses_graphs and observe is None and not self._unrolled
+            graphed = gpu.serves_graphs(x) and self.uses_graphs and observe is None and not self._unrolled
             rate = self._graphed(self, x) if graphed else self.rate(x, self.draw_masks(x), observe)
             with self._rounded_products(x):
                 return self.readout(rate.flatten(1)).to(rate.dtype)
@@ -218,7 +218,7 @@ class FeedbackSNN(nn.Module):
         if self.mask_count == 0:
             return Masks(None, [None] * len(self.hidden), None)
         seeds = self.draw_seeds().to(x.device) if seeds is None else seeds
-        seeds = seeds if seeds.is_cuda else seeds.tolist()
+        seeds = seeds if gpu.serves_graphs(x) else seeds.tolist()
         first, *others, last = [dropout_mask((self.batch_size(x), *shape), self.dropout, x, seed)
                                 for shape, seed in zip([*self.layer_shapes, self.layer_shapes[0]], seeds)]
         return Masks(first, others, last)

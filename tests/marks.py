@@ -1,6 +1,22 @@
-"""The mark of tests that need a CUDA device."""
+"""What some tests need: a CUDA device, or Triton, in whose interpreter they then run."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+# Where the Makefile puts Triton beside a CPU build of PyTorch.
+TRITON_APART = Path(sys.prefix) / "triton"
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+needs_interpreter = pytest.mark.skipif(not (TRITON_APART / "triton").exists() and importlib.util.find_spec("triton") is None,
+                                       reason="Triton is not installed: make test does that on Linux")
+
+
+def run_in_interpreter(code: str) -> None:
+    """Run Python code in a process where Triton's kernels are interpreted on the CPU and the C kernels are off."""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1],
+                   env={"TRITON_INTERPRET": "1", "FEEDBACK_SNN_NATIVE": "0", "PYTHONPATH": str(TRITON_APART), "PATH": ""})

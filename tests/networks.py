@@ -33,6 +33,16 @@ def small_network(kind, leak=0.9, time_steps=6, dropout=0.0, threshold=0.8, **so
     return network.double(), x.double()
 
 
+def wide_network(device):
+    """A float32 multi-layer network wide enough for the GPU's convolution kernel, and an input for it."""
+    network = alexnet_f((32, 32, 64, 32, 32), size=8, classes=4, neuron=make_neuron(2.0, 0.9), time_steps=3, dropout=0.3,
+                        solver=BackwardSolver(tol=1e-6, max_iterations=100))
+    with torch.no_grad():
+        for connection in (network.input, *network.hidden):
+            connection.norm.bias.uniform_(0.5, 1.0)
+    return network.to(device), torch.randn(BATCH, 3, 8, 8).to(device)
+
+
 def explicit_masks(network, masks=None):
     """Fix the network's dropout masks, to given ones or to new ones; returns them as a list: input, hidden …, feedback."""
     shapes = [network.layer_shapes[0], *network.layer_shapes[1:], network.layer_shapes[0]]

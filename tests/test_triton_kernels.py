@@ -2,11 +2,7 @@
 
 import copy
 import functools
-import importlib.util
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,16 +12,11 @@ from modules.connection import Connection
 from modules.dropout import random_draws
 from modules.event_driven import kernel_layout
 from modules.hidden_layer import SaturatedNorm
-from modules.implicit import BackwardSolver
 from modules.linear_map import LinearMap
 from modules.neuron import NeuronState, make_neuron, neuron_step, resting_state
 from modules.solvers import Anderson
-from modules.zoo import alexnet_f
-from tests.marks import needs_cuda
-from tests.networks import explicit_masks
-
-# Where the Makefile puts Triton beside a CPU build of PyTorch.
-APART = Path(sys.prefix) / "triton"
+from tests.marks import needs_cuda, needs_interpreter, run_in_interpreter
+from tests.networks import explicit_masks, wide_network
 
 
 def compare_neuron_step_with_pytorch(device):
@@ -178,18 +169,14 @@ def compare_anderson_weights_with_pytorch(device):
 
 
 def compare_a_training_step_with_pytorch(device):
-    """A multi-layer network wide enough for the convolution kernel, its dropout folded into potentials and weights.
+    """A network wide enough for the convolution kernel, its dropout folded into potentials and weights.
 
     Once more with f's and Jᵀ's hidden maps in bfloat16, as they come from bf16_products.
     """
     from modules import triton_kernels
     torch.manual_seed(0)
-    network = alexnet_f((32, 32, 64, 32, 32), size=8, classes=4, neuron=make_neuron(2.0, 0.9), time_steps=3, dropout=0.3,
-                        solver=BackwardSolver(tol=1e-6, max_iterations=100)).to(device)
-    with torch.no_grad():
-        for connection in (network.input, *network.hidden):
-            connection.norm.bias.uniform_(0.5, 1.0)
-    x, masks = torch.randn(5, 3, 8, 8, device=device), [mask.float().to(device) for mask in explicit_masks(network)]
+    network, x = wide_network(device)
+    masks = [mask.float().to(device) for mask in explicit_masks(network)]
     names = ("convolution_step", "norm_forward", "norm_rates", "norm_backward")
 
     def step(rounded, served):
@@ -247,13 +234,10 @@ COMPARISONS = {"neuron step": compare_neuron_step_with_pytorch, "bias per channe
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are tested as they run on the CUDA device")
-@pytest.mark.skipif(not (APART / "triton").exists() and importlib.util.find_spec("triton") is None,
-                    reason="Triton is not installed: make test does that on Linux")
+@needs_interpreter
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_triton_kernels_in_the_interpreter(name):
-    code = f"from tests.test_triton_kernels import COMPARISONS; COMPARISONS[{name!r}]('cpu')"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1],
-                   env={"TRITON_INTERPRET": "1", "FEEDBACK_SNN_NATIVE": "0", "PYTHONPATH": str(APART), "PATH": ""})
+    run_in_interpreter(f"from tests.test_triton_kernels import COMPARISONS; COMPARISONS[{name!r}]('cpu')")
 
 
 @needs_cuda
