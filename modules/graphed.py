@@ -115,10 +115,7 @@ class _Graph:
         try:
             with gpu.aside():
                 for _ in range(WARM_UP_RUNS):
-                    passed = self._pass(network)
-                    if with_gradient:
-                        self._gradients(passed.mapped, torch.zeros_like(passed.mapped))
-                    del passed
+                    self._rehearse(network, with_gradient)
             with gpu.capturing(pool) as self.forward:
                 layers = LAYERS_TRAINED if with_gradient else LAYERS_SIMULATED
                 gpu.take_at_once(layers * x.element_size() * network.batch_size(x) * sum(network.neuron_counts))
@@ -131,7 +128,7 @@ class _Graph:
                 # what they need on the way only, and leaves alone what lies there from one to the other.
                 with gpu.capturing(pool) as self.backward:
                     self.gradients, self.missing = self._joint_gradients()
-                    jacobian = GraphedJacobian(self.passed.jacobian, self.v if network.solver.method == "anderson" else None)
+                    jacobian = GraphedJacobian(self.passed.jacobian, network.solver, like=self.v)
                 jacobian.capture(pool)
                 # Nothing is left to do for what autograd has noted.
                 self.passed = self.passed._replace(mapped=self.passed.mapped.detach(), jacobian=jacobian)
@@ -139,6 +136,13 @@ class _Graph:
             with torch.no_grad():
                 for buffer, old in zip(buffers, before):
                     buffer.copy_(old)
+
+    def _rehearse(self, network: "FeedbackSNN", with_gradient: bool) -> None:
+        """All that will be captured, where what it takes is free again before the first capture."""
+        passed = self._pass(network)
+        if with_gradient:
+            self._gradients(passed.mapped, torch.zeros_like(passed.mapped))
+            GraphedJacobian(passed.jacobian, network.solver, like=passed.mapped).rehearse()
 
     def _pass(self, network: "FeedbackSNN") -> Pass:
         return torch.func.functional_call(_Pass(network), self._aliases, (self.x, self.seeds))

@@ -1,6 +1,7 @@
 """The backward solve of a captured pass, in CUDA graphs of its own, as how many iterations it takes is known on the way only."""
 
-from typing import Any, Callable, Optional, Tuple
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from modules.event_driven import kernel_layout
 from modules.jacobian import TransposedJacobian
 from modules.solvers import Anderson, Reading, Solution, iterate
 
+if TYPE_CHECKING:
+    from modules.implicit import BackwardSolver
+
 # A residual that iterates of tf32 products still have, about, in float32.
 ROUGH_RESIDUAL = 5e-4
 
@@ -17,13 +21,19 @@ ROUGH_RESIDUAL = 5e-4
 class GraphedJacobian(TransposedJacobian):
     """A captured pass's Jᵀ, whose solve is captured too.
 
-    It is made in a capture, in whose memory the solve's vectors then are, each of the shape of `like` (batch, *last layer's shape). If
-    that is None, the solve is not to be captured.
+    It is made in a capture, in whose memory the solve's vectors then are, each like `like` (batch, *last layer's shape). What is captured
+    is Anderson's method; solves by another one go product by product.
     """
 
-    def __init__(self, jacobian: TransposedJacobian, like: Optional[Tensor]):
+    def __init__(self, jacobian: TransposedJacobian, solver: "BackwardSolver", like: Tensor):
         self.links, self.adjoints = jacobian.links, jacobian.adjoints
-        self._iteration = None if like is None else _GraphedIteration(like)
+        self._iteration = _GraphedIteration(like) if solver.method == "anderson" else None
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Do once what will be captured, so that what libraries set up for it comes before any capture."""
+        if self._iteration is not None:
+            self._iteration.rehearse(self)
 
     @torch.no_grad()
     def capture(self, pool: Any) -> None:
@@ -70,23 +80,26 @@ class _GraphedIteration:
         self.proposer, self.proposals, self.visits, self.rough = Anderson(), {}, {}, False
         self.proposer.allocate(self.x)
 
-    def capture(self, jacobian: TransposedJacobian, pool: Any) -> None:
+    def rehearse(self, jacobian: TransposedJacobian) -> None:
         self.start(self.gradient.zero_())
-        self.visits[False] = self._captured_visit(jacobian, pool)
-        if not torch.backends.cudnn.allow_tf32:
-            with gpu.tf32_products():
-                self.visits[True] = self._captured_visit(jacobian, pool)
-        with gpu.aside():
-            self._propose()  # What its libraries set up comes before the capture.
+        for rough in self._precisions:
+            with gpu.tf32_products() if rough else nullcontext():
+                self._visit(jacobian)
+        self._propose()
+
+    def capture(self, jacobian: TransposedJacobian, pool: Any) -> None:
+        for rough in self._precisions:
+            with gpu.tf32_products() if rough else nullcontext():
+                self.visits[rough] = self._captured(lambda: self._visit(jacobian), pool)
         for count in range(2 * Anderson.memory):  # till the memory is full, and once round it
             self.proposer.count = count
             state = self._state
             self.proposals[state] = self._captured(self._propose, pool)
 
-    def _captured_visit(self, jacobian: TransposedJacobian, pool: Any) -> "torch.cuda.CUDAGraph":
-        with gpu.aside():
-            self._visit(jacobian)
-        return self._captured(lambda: self._visit(jacobian), pool)
+    @property
+    def _precisions(self) -> Tuple[bool, ...]:
+        """Whether products are rough, for each way in which they are done."""
+        return (False,) if torch.backends.cudnn.allow_tf32 else (False, True)
 
     def _captured(self, work: Callable[[], None], pool: Any) -> "torch.cuda.CUDAGraph":
         with gpu.capturing(pool) as graph:
