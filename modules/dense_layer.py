@@ -1,10 +1,10 @@
-"""A training pass of a single dense layer as two calls of the C kernels, with the values and gradients of FeedbackSNN.run.
+"""A training pass of a single dense layer as three calls of the C kernels, with the values and gradients of FeedbackSNN.run.
 
 In a layer as small as F400's, what PyTorch and Python do around each of a pass's many short operations takes as long as these. Where
-`serves` says so, all operations before the readout are one call here, and all after the backward solve another.
+`serves` says so, all operations before the readout are one call here, the backward solve another, and all after it a third.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from modules.implicit import Pass
 from modules.jacobian import Link, TransposedJacobian
 from modules.neuron import Neuron, rate_normaliser
 from modules.simulation import FIRST_EXPECTATION, Masks
+from modules.solvers import Anderson, Solution
 
 # The fraction of active units below which the products that pass over the others beat dense ones with all that goes on around these.
 EVENT_DRIVEN_BELOW = 0.7
@@ -50,18 +51,33 @@ def run(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor, m
     linear, norm, x = connection.linear, connection.norm, x.contiguous()
     parameters = linear.weight, linear.bias, norm.weight, norm.bias, feedback.w, feedback.g
     (batch, inputs), units = x.shape, linear.out_features
-    layers, vectors, numbers = x.new_empty(5, batch, units), x.new_empty(5, units), x.new_empty(2)
+    results, vectors, numbers = x.new_empty(5, batch, units), x.new_empty(5, units), x.new_empty(2)
     given = [mask if mask is None else mask.contiguous() for mask in (masks.input, masks.feedback)]
-    rate, mapped, gain, *_ = results = layers.unbind()
     layer = native.LayerStruct(
         batch, inputs, units, time_steps, FIRST_EXPECTATION, EVENT_DRIVEN_BELOW, *neuron, rate_normaliser(time_steps, neuron.leak),
         norm.momentum, norm.eps, dense_geometry(units, units).pointer, *native.pointers(
-            x, *parameters, *given, norm.running_mean, norm.running_var, feedback.u, feedback.v,
-            norm.num_batches_tracked, *results, *vectors, *numbers))
+            x, *parameters, *given, norm.running_mean, norm.running_var, feedback.u, feedback.v, norm.num_batches_tracked),
+        *native.row_pointers(results), *native.row_pointers(vectors), *native.row_pointers(numbers))
     if not native.layer_forward(layer):
         return None
-    mapped = _Gradient.apply(mapped, layer, (x, given, layers, vectors, numbers), *parameters)
-    return Pass(rate, mapped, TransposedJacobian([Link(feedback.map, feedback.w, (units,), gain)]))
+    rate, mapped, gain = results[:3]
+    memory = x, given, results, vectors, numbers
+    mapped = _Gradient.apply(mapped, layer, memory, *parameters)
+    return Pass(rate, mapped, _Jacobian(Link(feedback.map, feedback.w, (units,), gain), layer, memory))
+
+
+class _Jacobian(TransposedJacobian):
+    """The pass's Jᵀ, with the solve as one call. `memory` is what the struct points to beside the link's weight."""
+
+    def __init__(self, link: Link, layer: native.LayerStruct, memory: Any):
+        super().__init__([link])
+        self._layer, self._memory = layer, memory
+
+    def solve(self, gradient: Tensor, tol: float, max_iterations: int) -> Optional[Solution]:
+        if not native.serves(gradient) or gradient.shape != self.links[0].gain.shape:
+            return None
+        found = native.layer_solve(self._layer, gradient.contiguous(), tol, max_iterations, Anderson.regularisation)
+        return None if found is None else Solution(*found, found[1] <= tol)
 
 
 class _Gradient(torch.autograd.Function):

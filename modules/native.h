@@ -9,6 +9,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 #define PANEL 32
 
@@ -48,6 +49,7 @@ static inline void saturate_unit(float drive, float keep, float threshold, float
     *slope = scaled >= 0.0f && scaled <= 1.0f ? keep * steep : 0.0f;
 }
 
+#define LINE 64 /* bytes of the cache that are moved together */
 #define PARALLEL_FROM 32768 /* numbers, below which threads cost more than they save */
 
 struct map {
@@ -86,7 +88,14 @@ struct panels {
 /* out (rows, columns) = A B, where A has `depth` columns. */
 void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns);
 
-/* Memory of the calling thread, at least so many bytes, valid until its next call; null where there is none. */
+/* Memory that begins with a line of the cache, to be freed; null where there is none. What malloc gives has every vector of a large array
+ * lie across two lines. */
+static inline void *take_lines(size_t bytes)
+{
+    return aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
+}
+
+/* Such memory of the calling thread, at least so many bytes, valid until its next call; null where there is none. */
 void *thread_scratch(size_t bytes);
 
 ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *mask, float *potential, int8_t *spikes, float *total,
@@ -99,6 +108,9 @@ int layer_equilibrium(const struct map *map, const float *packed, const float *r
                       float *mapped, float *slope, float *gain, ptrdiff_t batch, float threshold);
 
 int more_active_than(const float *values, ptrdiff_t n, double most);
+
+int solve_layer(const struct map *map, const float *packed, const float *gain, const float *g, float *v, ptrdiff_t batch, double tol,
+                ptrdiff_t most, double regularisation, double *residual, ptrdiff_t *products);
 
 void power_iteration(const float *w, const float *u, float *next, float *v, float *sigma, ptrdiff_t rows, ptrdiff_t columns);
 

@@ -90,6 +90,7 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.simulate_layer.argtypes = [pointer] * 5 + [size] * 3 + [double, real, real, real]
     kernels.more_active_than.argtypes = [pointer, size, double]
     kernels.layer_forward.argtypes = [ctypes.POINTER(LayerStruct)]
+    kernels.layer_solve.argtypes = [ctypes.POINTER(LayerStruct), pointer, pointer, double, size, double, pointer, pointer]
     kernels.layer_backward.argtypes = [ctypes.POINTER(LayerStruct), *[pointer] * 7]
     kernels.norm_forward.argtypes = [ctypes.POINTER(NormStruct), pointer, real, pointer]
     kernels.norm_rates.argtypes = [ctypes.POINTER(NormStruct), pointer]
@@ -268,6 +269,15 @@ def layer_forward(layer: LayerStruct) -> bool:
     return _check(library().layer_forward(layer)) == 0
 
 
+def layer_solve(layer: LayerStruct, gradient: Tensor, tol: float, max_iterations: int,
+                regularisation: float) -> Optional[Tuple[Tensor, float, float]]:
+    """As `solve_layer` with the layer's feedback and gain; None where so many units are active that dense products are faster."""
+    v, residual, products = torch.empty_like(gradient), ctypes.c_double(), ctypes.c_ssize_t()
+    lively = _check(library().layer_solve(layer, gradient.data_ptr(), v.data_ptr(), tol, max_iterations, regularisation,
+                                          ctypes.byref(residual), ctypes.byref(products)))
+    return None if lively else (v, residual.value, products.value / len(gradient))
+
+
 def layer_backward(layer: LayerStruct, v: Tensor, gradients: Sequence[Tensor]) -> None:
     """Write the gradients in its six parameters, for the solved v (batch, units)."""
     _check(library().layer_backward(layer, *pointers(v, *gradients)))
@@ -296,6 +306,12 @@ def _norm_struct(norm: "SaturatedNorm") -> NormStruct:
 
 def pointers(*tensors: Optional[Tensor]) -> List[Optional[int]]:
     return [_pointer(tensor) for tensor in tensors]
+
+
+def row_pointers(tensor: Tensor) -> List[int]:
+    """Those of tensor[0], tensor[1], …, without making them."""
+    first, step = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+    return [first + row * step for row in range(len(tensor))]
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ static void corner(struct factor a, const float *b, ptrdiff_t b_step, ptrdiff_t 
 
 void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns)
 {
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp parallel for
     for (ptrdiff_t r = 0; r < rows; r += ROWS) {
         struct factor these = {a.at + r * a.row_step, a.row_step, a.depth_step};
         ptrdiff_t height = rows - r < ROWS ? rows - r : ROWS;

@@ -1,13 +1,13 @@
-/* A training pass of a single dense layer with feedback onto itself, float32 on a CPU, in two calls: method sections 3, 5 and 6. */
+/* A training pass of a single dense layer with feedback onto itself, float32 on a CPU, in three calls: method sections 3, 5 and 6. */
 #include "native.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define UNITS 16 /* that a thread takes at a time: a line of the cache */
+#define JUDGED 16 /* samples by which the whole batch is judged */
 
-/* What both calls see. Layers are (batch, units), weights (units, inputs) and (units, units); masks may be null. */
+/* What all calls see. Layers are (batch, units), weights (units, inputs) and (units, units); masks may be null. */
 struct layer {
     ptrdiff_t batch, inputs, units, steps, first_expectation;
     double most_active;
@@ -33,7 +33,7 @@ static void normalise_batch(const struct layer *layer, const float *restrict y, 
     ptrdiff_t batch = layer->batch, n = layer->units;
     float *restrict normalised = layer->normalised;
     const float *restrict mask = layer->input_mask;
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp parallel for
     for (ptrdiff_t first = 0; first < n; first += UNITS) {
         ptrdiff_t count = n - first < UNITS ? n - first : UNITS;
         float means[UNITS], scales[UNITS];
@@ -91,7 +91,7 @@ static int forward(const struct layer *layer, float *scratch)
 int layer_forward(const struct layer *layer)
 {
     ptrdiff_t batch = layer->batch, n = layer->units;
-    float *scratch = malloc(sizeof *scratch * (packed_floats(layer->inputs, batch) + packed_floats(n, n) + 2 * batch * n));
+    float *scratch = take_lines(sizeof *scratch * (packed_floats(layer->inputs, batch) + packed_floats(n, n) + 2 * batch * n));
     int status = scratch ? forward(layer, scratch) : -1;
     free(scratch);
     if (status != 0)
@@ -104,6 +104,23 @@ int layer_forward(const struct layer *layer)
     }
     ++*layer->batches_tracked;
     return 0;
+}
+
+/* v = g + B^T (gain v) as solve_layer finds it, for g and v (batch, units). Returns 1 where the layer has so many active units that dense
+ * products serve it better, -1 where memory is short, else 0. */
+int layer_solve(const struct layer *layer, const float *g, float *v, double tol, ptrdiff_t most, double regularisation, double *residual,
+                ptrdiff_t *products)
+{
+    ptrdiff_t n = layer->units, judged = (layer->batch < JUDGED ? layer->batch : JUDGED) * n;
+    if (more_active_than(layer->gain, judged, layer->most_active * judged))
+        return 1;
+    float *packed = take_lines(sizeof *packed * packed_floats(n, n));
+    if (!packed)
+        return -1;
+    pack_rows(layer->w, n, 1, n, n, 1, packed);
+    int status = solve_layer(layer->map, packed, layer->gain, g, v, layer->batch, tol, most, regularisation, residual, products);
+    free(packed);
+    return status;
 }
 
 /* For `count` units from the `first` on: v^T's way back to what the feedback gave, `received`, and through the batch norm and its mask
@@ -151,7 +168,7 @@ static void elementwise_backward(const struct layer *layer, const float *v, floa
 {
     ptrdiff_t n = layer->units;
     int masked = layer->input_mask && layer->feedback_mask;
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp parallel for
     for (ptrdiff_t first = 0; first < n; first += UNITS)
         if (first + UNITS <= n && masked)
             MASKED(UNITS, 1, 1);
@@ -166,17 +183,18 @@ int layer_backward(const struct layer *layer, const float *v, float *of_weight, 
                    float *of_w, float *of_g)
 {
     ptrdiff_t batch = layer->batch, inputs = layer->inputs, n = layer->units;
-    float *scratch = malloc(sizeof *scratch * (2 * n + 2 * batch * n));
+    float *scratch = take_lines(sizeof *scratch * (2 * n + 2 * batch * n + packed_floats(batch, inputs)));
     if (!scratch)
         return -1;
     double *sums = (double *)scratch;
-    float *received = scratch + 2 * n, *delta = received + batch * n;
+    float *received = scratch + 2 * n, *delta = received + batch * n, *packed = delta + batch * n;
     elementwise_backward(layer, v, received, delta, of_beta, of_gamma, of_bias);
     dense_product((struct factor){received, 1, n}, (struct panels){layer->rate, PANEL, n}, of_w, n, batch, n); /* for B, then for w */
     normalised_backward(of_w, layer->w, layer->new_u, layer->new_v, *layer->scale, *layer->sigma, sums, of_g, of_w, n, n);
     if (*layer->g > 1 || *layer->g < -1)
         *of_g = 0;
-    dense_product((struct factor){delta, 1, n}, (struct panels){layer->x, PANEL, inputs}, of_weight, n, batch, inputs);
+    pack_rows(layer->x, inputs, 1, batch, inputs, 1, packed); /* rows so far apart would each lie in a page of their own */
+    dense_product((struct factor){delta, 1, n}, (struct panels){packed, batch * PANEL, PANEL}, of_weight, n, batch, inputs);
     free(scratch);
     return 0;
 }

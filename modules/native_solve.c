@@ -9,7 +9,7 @@
 #include <string.h>
 
 #define MEMORY 5 /* of Anderson acceleration */
-#define MOST_TOGETHER 16
+#define MOST_TOGETHER 8 /* fewer share a row of weights in the cache; more leave a thread waiting for another's last samples */
 #define TOGETHER_BELOW 4096 /* units: a larger layer's samples are taken one by one, as their histories would fill the cache */
 
 /* One sample's solve: the iterate x of its `count` active units, their gain and g, and x's history; the best v of all units so far. */

@@ -21,7 +21,7 @@ from modules import gpu, native
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have networks on the CPU capture their passes, and warnings that something could not be captured be errors."""
+    """Have networks on the CPU capture their passes."""
     monkeypatch.setattr(gpu, "serves_graphs", lambda tensor: True)
     monkeypatch.setattr(gpu, "memory_pool", Memory)
     monkeypatch.setattr(gpu, "aside", contextlib.nullcontext)

@@ -1,4 +1,4 @@
-"""A dense layer's training pass in two calls, against the same pass module by module, which other tests hold against the naive one."""
+"""A dense layer's training pass by its own kernels, against the same pass module by module, which other tests hold against the naive one."""
 
 import copy
 
@@ -34,7 +34,7 @@ def network_and_input(width=40, inputs=23, batch=11, leak=0.9, dropout=0.3, g=0.
 
 
 def step(network, x, monkeypatch, fast):
-    """Whether each pass was served in two calls, and what a training step leaves: logits, residual, gradients and buffers."""
+    """Whether each pass was served by the layer's kernels, and what a training step leaves: logits, residual, gradients and buffers."""
     served, real = [], native.layer_forward
     monkeypatch.setattr(native, "layer_forward", lambda layer: served.append(real(layer)) or served[-1])
     monkeypatch.setattr(dense_layer, "serves", dense_layer.serves if fast else lambda *parts: False)
@@ -44,6 +44,13 @@ def step(network, x, monkeypatch, fast):
     return served, {"logits": logits.detach(), "residual": network.residual,
                     **{name: parameter.grad for name, parameter in network.named_parameters()},
                     **{name: buffer.float() for name, buffer in network.named_buffers()}}
+
+
+def record_solves(monkeypatch):
+    """What the kernels' solves return, for the next step alone."""
+    solves, real = [], native.layer_solve
+    monkeypatch.setattr(native, "layer_solve", lambda *parts: solves.append(real(*parts)) or solves[-1])
+    return solves
 
 
 def compare(network, x, monkeypatch):
@@ -89,8 +96,18 @@ def test_a_quiet_layer_whose_rates_could_nearly_all_change_is_solved_by_dense_pr
     with torch.no_grad():
         network.input.norm.weight.fill_(0.05)
         network.input.norm.bias.fill_(0.4)[:4] = 0.9  # Below the threshold, but for four of 40 units.
-    monkeypatch.setattr(native, "solve_layer", None)
+    solves = record_solves(monkeypatch)
     assert compare(network, x, monkeypatch) == [True]
+    assert solves == [None]
+
+
+def test_the_solve_is_one_call(monkeypatch):
+    network, x = network_and_input()
+    solves = record_solves(monkeypatch)
+    assert compare(network, x, monkeypatch) == [True]
+    (value, residual, products), = solves
+    assert value.shape == (len(x), 40) and residual <= 1e-6 and products > 2
+    assert network.solver.tally.solves == 1 and network.solver.tally.iterations == products
 
 
 def test_several_threads_give_the_same_numbers():

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("error:.* could not be captured")
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
 def device(request, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # An earlier test may have chosen fp32.
     if request.param == "cpu":
         stand_in(monkeypatch)
     return request.param
@@ -49,10 +50,11 @@ def assert_same_tensors(graphed, plain):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_graph_replays_what_the_loop_computes(kind, device):
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_a_graph_replays_what_the_loop_computes(kind, without_gradients, device):
     network, x = small_network(kind)
     network, x = network.float().to(device).eval(), x.float().to(device)
-    with torch.no_grad():
+    with without_gradients():
         stepwise = network(x, observe=lambda t, spikes: None)
         for _ in range(2):
             torch.testing.assert_close(network(x), stepwise, atol=1e-5, rtol=1e-5)

@@ -30,7 +30,7 @@ class Metrics:
 
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
         """Logits (batch, classes), labels (batch,) and the batch's mean loss ()."""
-        self.waiting.append((logits.detach(), labels, loss.detach() * len(labels)))
+        self.waiting.append((logits.detach(), labels, loss.detach()))
         self.count += len(labels)
         if len(self.waiting) >= COUNTED_TOGETHER:
             self._count()
@@ -39,10 +39,11 @@ class Metrics:
     def _count(self) -> None:
         if not self.waiting:
             return
-        logits, labels, losses = zip(*self.waiting)
-        logits, labels, self.waiting = torch.cat(logits), torch.cat(labels), []
+        losses = torch.stack([loss * len(labels) for _, labels, loss in self.waiting])
+        logits, labels = (torch.cat(parts) for parts in list(zip(*self.waiting))[:2])
+        self.waiting = []
         hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).sum(0)
-        self.losses = torch.cat([self.losses.to(logits.device), torch.stack(losses)])
+        self.losses = torch.cat([self.losses.to(logits.device), losses])
         self.hits = self.hits.to(logits.device) + torch.stack([hits[0], hits.sum()])
 
     def averages(self) -> Averages:
