@@ -10,6 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define PANEL 32
 
@@ -88,11 +89,25 @@ struct panels {
 /* out (rows, columns) = A B, where A has `depth` columns. */
 void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns);
 
-/* Memory that begins with a line of the cache, to be freed; null where there is none. What malloc gives has every vector of a large array
- * lie across two lines. */
+/* Memory that begins with a line of the cache; null where there is none. What malloc gives has every vector of a large array lie across
+ * two lines, and beside aligned_alloc's PyTorch's heap grows by tens of megabytes. */
 static inline void *take_lines(size_t bytes)
 {
-    return aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
+    char *taken = malloc(bytes + LINE + sizeof(void *));
+    if (!taken)
+        return NULL;
+    char *lines = taken + sizeof(void *);
+    lines += -(uintptr_t)lines % LINE;
+    memcpy(lines - sizeof taken, &taken, sizeof taken);
+    return lines;
+}
+
+static inline void give_lines(void *lines)
+{
+    void *taken = NULL;
+    if (lines)
+        memcpy(&taken, (char *)lines - sizeof taken, sizeof taken);
+    free(taken);
 }
 
 /* Such memory of the calling thread, at least so many bytes, valid until its next call; null where there is none. */

@@ -1,7 +1,6 @@
 /* Event-driven linear maps on a CPU, float32: a product touches the weight rows of the units that spiked and no others. */
 #include "native.h"
 
-#include <string.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -18,7 +17,7 @@ void *thread_scratch(size_t bytes)
     static _Thread_local char *memory;
     static _Thread_local size_t size;
     if (size < bytes) {
-        free(memory);
+        give_lines(memory);
         memory = take_lines(bytes);
         size = memory ? bytes : 0;
     }

@@ -2,7 +2,6 @@
 #include "native.h"
 
 #include <math.h>
-#include <string.h>
 
 #define UNITS 16 /* that a thread takes at a time: a line of the cache */
 #define JUDGED 16 /* samples by which the whole batch is judged */
@@ -93,7 +92,7 @@ int layer_forward(const struct layer *layer)
     ptrdiff_t batch = layer->batch, n = layer->units;
     float *scratch = take_lines(sizeof *scratch * (packed_floats(layer->inputs, batch) + packed_floats(n, n) + 2 * batch * n));
     int status = scratch ? forward(layer, scratch) : -1;
-    free(scratch);
+    give_lines(scratch);
     if (status != 0)
         return status;
     memcpy(layer->u, layer->new_u, n * sizeof *layer->u);
@@ -119,7 +118,7 @@ int layer_solve(const struct layer *layer, const float *g, float *v, double tol,
         return -1;
     pack_rows(layer->w, n, 1, n, n, 1, packed);
     int status = solve_layer(layer->map, packed, layer->gain, g, v, layer->batch, tol, most, regularisation, residual, products);
-    free(packed);
+    give_lines(packed);
     return status;
 }
 
@@ -195,6 +194,6 @@ int layer_backward(const struct layer *layer, const float *v, float *of_weight, 
         *of_g = 0;
     pack_rows(layer->x, inputs, 1, batch, inputs, 1, packed); /* rows so far apart would each lie in a page of their own */
     dense_product((struct factor){delta, 1, n}, (struct panels){packed, batch * PANEL, PANEL}, of_weight, n, batch, inputs);
-    free(scratch);
+    give_lines(scratch);
     return 0;
 }
