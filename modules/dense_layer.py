@@ -4,7 +4,7 @@ In a layer as small as F400's, what PyTorch and Python do around each of a pass'
 `serves` says so, all operations before the readout are one call here, the backward solve another, and all after it a third.
 """
 
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from modules.implicit import Pass
 from modules.jacobian import Link, TransposedJacobian
 from modules.neuron import Neuron, rate_normaliser
 from modules.simulation import FIRST_EXPECTATION, Masks
-from modules.solvers import Anderson, Solution
+from modules.solvers import Anderson
 
 # The fraction of active units below which the products that pass over the others beat dense ones with all that goes on around these.
 EVENT_DRIVEN_BELOW = 0.7
@@ -73,11 +73,8 @@ class _Jacobian(TransposedJacobian):
         super().__init__([link])
         self._layer, self._memory = layer, memory
 
-    def solve(self, gradient: Tensor, tol: float, max_iterations: int) -> Optional[Solution]:
-        if not native.serves(gradient) or gradient.shape != self.links[0].gain.shape:
-            return None
-        found = native.layer_solve(self._layer, gradient.contiguous(), tol, max_iterations, Anderson.regularisation)
-        return None if found is None else Solution(*found, found[1] <= tol)
+    def _solve_layer(self, gradient: Tensor, tol: float, max_iterations: int) -> Tuple[Tensor, float, float]:
+        return native.layer_solve(self._layer, gradient, tol, max_iterations, Anderson.regularisation)
 
 
 class _Gradient(torch.autograd.Function):

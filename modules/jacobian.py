@@ -131,7 +131,11 @@ class TransposedJacobian:
         link = self.links[0]
         if len(self.links) > 1 or not native.serves(gradient) or native.more_active_than(link.gain, EVENT_DRIVEN_BELOW):
             return None
-        adjoint = event_map(*link.map.mirrored(link.weight, link.input_shape), None, link.gain.shape[1:])
-        value, residual, products = native.solve_layer(adjoint, kernel_layout(link.gain), kernel_layout(gradient), tol, max_iterations,
-                                                       Anderson.regularisation)
+        value, residual, products = self._solve_layer(kernel_layout(gradient), tol, max_iterations)
         return Solution(value, residual, products, residual <= tol)
+
+    def _solve_layer(self, gradient: Tensor, tol: float, max_iterations: int) -> Tuple[Tensor, float, float]:
+        """v, its residual and the mean number of products, by the kernel for the only link."""
+        link = self.links[0]
+        adjoint = event_map(*link.map.mirrored(link.weight, link.input_shape), None, link.gain.shape[1:])
+        return native.solve_layer(adjoint, kernel_layout(link.gain), gradient, tol, max_iterations, Anderson.regularisation)

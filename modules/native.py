@@ -270,12 +270,12 @@ def layer_forward(layer: LayerStruct) -> bool:
 
 
 def layer_solve(layer: LayerStruct, gradient: Tensor, tol: float, max_iterations: int,
-                regularisation: float) -> Optional[Tuple[Tensor, float, float]]:
-    """As `solve_layer` with the layer's feedback and gain; None where so many units are active that dense products are faster."""
+                regularisation: float) -> Tuple[Tensor, float, float]:
+    """As `solve_layer`, with the layer's feedback and gain."""
     v, residual, products = torch.empty_like(gradient), ctypes.c_double(), ctypes.c_ssize_t()
-    lively = _check(library().layer_solve(layer, gradient.data_ptr(), v.data_ptr(), tol, max_iterations, regularisation,
-                                          ctypes.byref(residual), ctypes.byref(products)))
-    return None if lively else (v, residual.value, products.value / len(gradient))
+    _check(library().layer_solve(layer, *pointers(gradient, v), tol, max_iterations, regularisation, ctypes.byref(residual),
+                                 ctypes.byref(products)))
+    return v, residual.value, products.value / len(gradient)
 
 
 def layer_backward(layer: LayerStruct, v: Tensor, gradients: Sequence[Tensor]) -> None:

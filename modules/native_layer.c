@@ -4,7 +4,6 @@
 #include <math.h>
 
 #define UNITS 16 /* that a thread takes at a time: a line of the cache */
-#define JUDGED 16 /* samples by which the whole batch is judged */
 
 /* What all calls see. Layers are (batch, units), weights (units, inputs) and (units, units); masks may be null. */
 struct layer {
@@ -105,14 +104,11 @@ int layer_forward(const struct layer *layer)
     return 0;
 }
 
-/* v = g + B^T (gain v) as solve_layer finds it, for g and v (batch, units). Returns 1 where the layer has so many active units that dense
- * products serve it better, -1 where memory is short, else 0. */
+/* v = g + B^T (gain v) as solve_layer finds it, for g and v (batch, units). Returns -1 where memory is short, else 0. */
 int layer_solve(const struct layer *layer, const float *g, float *v, double tol, ptrdiff_t most, double regularisation, double *residual,
                 ptrdiff_t *products)
 {
-    ptrdiff_t n = layer->units, judged = (layer->batch < JUDGED ? layer->batch : JUDGED) * n;
-    if (more_active_than(layer->gain, judged, layer->most_active * judged))
-        return 1;
+    ptrdiff_t n = layer->units;
     float *packed = take_lines(sizeof *packed * packed_floats(n, n));
     if (!packed)
         return -1;

@@ -39,9 +39,9 @@ class Metrics:
     def _count(self) -> None:
         if not self.waiting:
             return
-        losses = torch.stack([loss * len(labels) for _, labels, loss in self.waiting])
-        logits, labels = (torch.cat(parts) for parts in list(zip(*self.waiting))[:2])
-        self.waiting = []
+        logits, labels, losses = zip(*self.waiting)
+        losses = torch.stack([loss * len(own) for loss, own in zip(losses, labels)])
+        logits, labels, self.waiting = torch.cat(logits), torch.cat(labels), []
         hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).sum(0)
         self.losses = torch.cat([self.losses.to(logits.device), losses])
         self.hits = self.hits.to(logits.device) + torch.stack([hits[0], hits.sum()])
