@@ -17,6 +17,9 @@ needs_interpreter = pytest.mark.skipif(not (TRITON_APART / "triton").exists() an
 
 
 def run_in_interpreter(code: str) -> None:
-    """Run Python code in a process where Triton's kernels are interpreted on the CPU and the C kernels are off."""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1],
+    """Run Python code in a process where Triton's kernels are interpreted on the CPU and the C kernels are off.
+
+    It starts from the random state that conftest.py gives every test here.
+    """
+    subprocess.run([sys.executable, "-c", f"import torch; torch.manual_seed(0); {code}"], check=True, cwd=Path(__file__).parents[1],
                    env={"TRITON_INTERPRET": "1", "FEEDBACK_SNN_NATIVE": "0", "PYTHONPATH": str(TRITON_APART), "PATH": ""})
