@@ -19,7 +19,6 @@ pytestmark = pytest.mark.filterwarnings("error:.* could not be captured")
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
 def device(request, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # An earlier test may have chosen fp32.
     if request.param == "cpu":
         stand_in(monkeypatch)
     return request.param
