@@ -52,6 +52,27 @@ def aside() -> Iterator[None]:
         current.wait_stream(own)
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor's copy on the device. A CUDA device is not waited for: what is launched later comes after the copy."""
+    if device.type == "cuda" and tensor.numel():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@contextlib.contextmanager
+def refusing_to_wait() -> Iterator[None]:
+    """Have the block's work raise a RuntimeError where it would make the host wait for the device, as reading a value does.
+
+    In a capture that is an error too, but one after which PyTorch before 2.12 can't capture anything else.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def memory_pool() -> Any:
     """For the graphs of which no two run at the same time: each may work where another has left nothing behind."""
     return torch.cuda.graph_pool_handle()
@@ -60,10 +81,13 @@ def memory_pool() -> Any:
 @contextlib.contextmanager
 def capturing(pool: Any) -> Iterator["torch.cuda.CUDAGraph"]:
     """Kernels that are launched in the block become those of the graph that it gets, which takes its memory from `pool`."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, such as those that watch over a job of several processes, may go on meanwhile.
-    with torch.cuda.graph(graph, pool, stream_aside(torch.cuda.current_device()), capture_error_mode="thread_local"):
-        yield graph
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # Other threads, such as those that watch over a job of several processes, may go on meanwhile.
+        with torch.cuda.graph(graph, pool, stream_aside(torch.cuda.current_device()), capture_error_mode="thread_local"):
+            yield graph
+    finally:
+        torch.cuda.set_stream(current)  # A capture that fails does not leave its own.
 
 
 def take_at_once(size: int) -> None:

@@ -35,14 +35,13 @@ class GraphedPasses:
         self._pools: Dict[bool, Any] = {}
 
     def __call__(self, network: "FeedbackSNN", x: Tensor) -> Tensor:
-        """The last layer's rate, with its gradient if gradients are enabled."""
-        with_gradient = torch.is_grad_enabled()
-        graph = None if with_gradient and self._busy else self._graph(network, x, with_gradient)
+        """The last layer's rate, with its gradient if gradients are enabled and something but the readout is trained."""
+        graph = None if torch.is_grad_enabled() and self._busy else self._graph(network, x)
         if graph is None:
             return network.rate(x, network.draw_masks(x))
         graph.run(x, network.draw_seeds())
         network.measure(graph.passed)
-        if not with_gradient:
+        if not graph.parameters:
             return graph.passed.rate.clone()
         turn = _Turn()
         self._latest = weakref.ref(turn)
@@ -56,22 +55,24 @@ class GraphedPasses:
     def is_latest(self, turn: "_Turn") -> bool:
         return self._latest is not None and self._latest() is turn
 
-    def _graph(self, network: "FeedbackSNN", x: Tensor, with_gradient: bool) -> "Optional[_Graph]":
+    def _graph(self, network: "FeedbackSNN", x: Tensor) -> "Optional[_Graph]":
         key = _kind(network, x)
         if key is None:
             return None
         if key not in self._captured:
             if len(self._captured) >= MOST_GRAPHS:
                 self._captured.pop(next(iter(self._captured)))
-            self._captured[key] = self._capture(network, x, with_gradient)
+            self._captured[key] = self._capture(network, x)
         return self._captured[key]
 
-    def _capture(self, network: "FeedbackSNN", x: Tensor, with_gradient: bool) -> "Optional[_Graph]":
+    def _capture(self, network: "FeedbackSNN", x: Tensor) -> "Optional[_Graph]":
         if any(isinstance(module, SynchronisedBatchNorm) for module in network.modules()):
             return None  # Processes that exchange statistics do so without a graph.
-        pool = self._pools.setdefault(with_gradient, gpu.memory_pool())
+        parameters = {name: parameter for name, parameter in network.named_parameters()
+                      if torch.is_grad_enabled() and parameter.requires_grad and not name.startswith("readout.")}
+        pool = self._pools.setdefault(bool(parameters), gpu.memory_pool())
         try:
-            return _Graph(network, x, with_gradient, pool)
+            return _Graph(network, x, parameters, pool)
         except RuntimeError as error:
             return gpu.not_captured("the network's passes", error)
 
@@ -100,13 +101,11 @@ class _Turn:
 
 
 class _Graph:
-    """Passes of one kind: a graph of the forward pass and, with a gradient, one from v to the gradients of the parameters."""
+    """Passes of one kind: a graph of the forward pass and, where there are `parameters` to train, one from v to their gradients."""
 
-    def __init__(self, network: "FeedbackSNN", x: Tensor, with_gradient: bool, pool: Any):
+    def __init__(self, network: "FeedbackSNN", x: Tensor, parameters: Dict[str, nn.Parameter], pool: Any):
         # Not drawn: a run that goes on from a checkpoint captures once more, and must draw no more than one without a stop.
         self.x, self.seeds = x.clone(), torch.zeros(network.mask_count, dtype=torch.int64, device=x.device)
-        parameters = {name: parameter for name, parameter in network.named_parameters()
-                      if with_gradient and parameter.requires_grad and not name.startswith("readout.")}
         self.parameters = list(parameters.values())
         # Autograd's node of a parameter that an earlier loss keeps alive belongs to another stream, on which a capture must not wait.
         self._aliases = {f"network.{name}": parameter.detach().requires_grad_() for name, parameter in parameters.items()}
@@ -114,16 +113,18 @@ class _Graph:
         before = [buffer.clone() for buffer in buffers]
         try:
             with gpu.aside():
-                for _ in range(WARM_UP_RUNS):
-                    self._rehearse(network, with_gradient)
+                for _ in range(WARM_UP_RUNS - 1):
+                    self._rehearse(network)
+                with gpu.refusing_to_wait():
+                    self._rehearse(network)
             with gpu.capturing(pool) as self.forward:
-                layers = LAYERS_TRAINED if with_gradient else LAYERS_SIMULATED
+                layers = LAYERS_TRAINED if parameters else LAYERS_SIMULATED
                 gpu.take_at_once(layers * x.element_size() * network.batch_size(x) * sum(network.neuron_counts))
                 self.passed = self._pass(network)
-                if with_gradient:
+                if parameters:
                     self.passed.jacobian.adjoints  # made in here, once for all products
                     self.v = torch.zeros_like(self.passed.mapped)
-            if with_gradient:
+            if parameters:
                 # The solve comes after the forward pass and before the backward one. Captured last, it works where the other two keep
                 # what they need on the way only, and leaves alone what lies there from one to the other.
                 with gpu.capturing(pool) as self.backward:
@@ -137,10 +138,10 @@ class _Graph:
                 for buffer, old in zip(buffers, before):
                     buffer.copy_(old)
 
-    def _rehearse(self, network: "FeedbackSNN", with_gradient: bool) -> None:
+    def _rehearse(self, network: "FeedbackSNN") -> None:
         """All that will be captured, where what it takes is free again before the first capture."""
         passed = self._pass(network)
-        if with_gradient:
+        if self.parameters:
             self._gradients(passed.mapped, torch.zeros_like(passed.mapped))
             GraphedJacobian(passed.jacobian, network.solver, like=passed.mapped).rehearse()
 
@@ -158,7 +159,7 @@ class _Graph:
 
     def run(self, x: Tensor, seeds: Tensor) -> None:
         self.x.copy_(x)
-        self.seeds.copy_(seeds)
+        self.seeds.copy_(gpu.sent(seeds, self.seeds.device))
         self.forward.replay()
 
     def propagate_back(self, v: Tensor) -> List[Optional[Tensor]]:
@@ -191,17 +192,18 @@ class _Replayed(torch.autograd.Function):
 def _kind(network: "FeedbackSNN", x: Tensor) -> Optional[Tuple]:
     """Everything that a captured pass takes for granted; None where connections have hooks, and under an autocast of the caller's.
 
-    That keeps rounded copies of the weights, from which a graph would go on reading.
+    That keeps rounded copies of the weights, from which a graph would go on reading. No graph gives a gradient in the input either.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) or torch.is_grad_enabled() and x.requires_grad:
         return None
     modules = []
     for module in network.modules():
         if has_hooks(module) and module not in (network, network.readout):
             return None
         tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+        # Gradients go to the parameters as objects, which others may stand for in the same memory.
         modules.append((module.training, getattr(module, "momentum", None), getattr(module, "eps", None),
-                        *((tensor.data_ptr(), tensor.requires_grad) for tensor in tensors)))
+                        *map(id, module._parameters.values()), *((tensor.data_ptr(), tensor.requires_grad) for tensor in tensors)))
     return (x.shape, x.dtype, x.device, tuple(modules), network.time_steps, network.dropout, network.neuron,
             network.jacobian_bn, network.bf16_products, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
             torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,

@@ -217,7 +217,7 @@ class FeedbackSNN(nn.Module):
         """The dropout masks of a pass with the input x, of `seeds` from `draw_seeds` on x's device, by default new ones."""
         if self.mask_count == 0:
             return Masks(None, [None] * len(self.hidden), None)
-        seeds = self.draw_seeds().to(x.device) if seeds is None else seeds
+        seeds = gpu.sent(self.draw_seeds(), x.device) if seeds is None else seeds
         seeds = seeds if gpu.serves_graphs(x) else seeds.tolist()
         first, *others, last = [dropout_mask((self.batch_size(x), *shape), self.dropout, x, seed)
                                 for shape, seed in zip([*self.layer_shapes, self.layer_shapes[0]], seeds)]

@@ -25,6 +25,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "serves_graphs", lambda tensor: True)
     monkeypatch.setattr(gpu, "memory_pool", Memory)
     monkeypatch.setattr(gpu, "aside", contextlib.nullcontext)
+    monkeypatch.setattr(gpu, "refusing_to_wait", _RefusingToWait)
     monkeypatch.setattr(gpu, "capturing", capturing)
     monkeypatch.setattr(gpu, "take_at_once", lambda size: None)
     monkeypatch.setattr(native, "serves", lambda tensor: False)
@@ -105,6 +106,13 @@ def capturing(pool: Memory) -> Iterator[RecordedGraph]:
     with _Recorder(graph, pool):
         yield graph
     graph.free_after = pool.free()
+
+
+class _RefusingToWait(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a value was read")
+        return function(*arguments, **settings or {})
 
 
 class _Recorder(TorchDispatchMode):
