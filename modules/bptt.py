@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modules.dropout import masked
-from modules.neuron import Fire, rate_normaliser, reached, resting_state
+from modules.neuron import Fire, rate_normaliser, reached
 from modules.simulation import EventInput, Loop, Observer, StaticInput, Synapses
 
 SIGMOID_SLOPE = 4.0
@@ -61,7 +61,7 @@ def unroll(loop: Loop, input: "StaticInput | EventInput", time_steps: int, fire:
                 if before is not None:
                     current = current + _current(loop.feedback, before, loop.masks.feedback)
             if t == 0:
-                states.append(resting_state(current))
+                states.append(loop.neuron.rest(current))
             states[layer] = loop.neuron.step(current, states[layer], fire)
         total = total * loop.neuron.leak + states[-1].spikes
         if observe is not None:

@@ -31,10 +31,12 @@ class Connection(nn.Module):
     updated, in training; running statistics in evaluation. A simulation holds the statistics fixed (`frozen`).
     """
 
-    def __init__(self, linear: Union[nn.Linear, nn.Conv2d]):
+    def __init__(self, linear: Union[nn.Linear, nn.Conv2d, nn.ConvTranspose2d]):
         super().__init__()
+        if linear.bias is None:
+            raise ValueError("a connection's linear map has a bias: build it with bias=True")
         self.linear, self.map = linear, LinearMap.of(linear)
-        unit_norm_filters_(linear.weight)
+        unit_norm_filters_(linear.weight, self.map.filter_dim())
         nn.init.zeros_(linear.bias)
         self.norm = nn.BatchNorm1d(linear.out_features) if isinstance(linear, nn.Linear) else nn.BatchNorm2d(linear.out_channels)
 

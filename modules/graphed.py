@@ -204,7 +204,8 @@ def _kind(network: "FeedbackSNN", x: Tensor) -> Optional[Tuple]:
         # Gradients go to the parameters as objects, which others may stand for in the same memory.
         modules.append((module.training, getattr(module, "momentum", None), getattr(module, "eps", None),
                         *map(id, module._parameters.values()), *((tensor.data_ptr(), tensor.requires_grad) for tensor in tensors)))
-    return (x.shape, x.dtype, x.device, tuple(modules), network.time_steps, network.dropout, network.neuron,
+    return (x.shape, x.dtype, x.device, tuple(modules), network.time_steps, network.dropout,
+            type(network.neuron), network.neuron,
             network.jacobian_bn, network.bf16_products, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
             torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
             torch.are_deterministic_algorithms_enabled())

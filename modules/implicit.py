@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from modules.across_processes import InnerProducts, process_rank
 from modules.event_driven import kernel_layout
 from modules.jacobian import TransposedJacobian
-from modules.solvers import METHODS, Solution, solve
+from modules.solvers import METHODS, Anderson, Solution, solve
 
 
 @dataclass
@@ -67,7 +67,7 @@ class BackwardSolver:
                 return self(vjp, gradient)
         solution, joint = None, isinstance(vjp, TransposedJacobian) and vjp.joint
         gradient = kernel_layout(gradient)
-        if self.method == "anderson" and isinstance(vjp, TransposedJacobian):
+        if METHODS[self.method] is Anderson and isinstance(vjp, TransposedJacobian):
             solution = vjp.solve(gradient, self.tol, self.max_iterations)
         if solution is None:
             solution = solve(lambda v: gradient + vjp(v), gradient, self.method, self.tol, self.max_iterations,

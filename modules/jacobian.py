@@ -129,7 +129,9 @@ class TransposedJacobian:
         That is the C kernel's, for a single layer, sample by sample.
         """
         link = self.links[0]
-        if len(self.links) > 1 or not native.serves(gradient) or native.more_active_than(link.gain, EVENT_DRIVEN_BELOW):
+        if len(self.links) > 1 or not native.serves(gradient) or Anderson.memory != native.ANDERSON_MEMORY:
+            return None
+        if native.more_active_than(link.gain, EVENT_DRIVEN_BELOW):
             return None
         value, residual, products = self._solve_layer(kernel_layout(gradient), tol, max_iterations)
         return Solution(value, residual, products, residual <= tol)

@@ -83,7 +83,14 @@ class LinearMap(NamedTuple):
         return LinearMap("transposed", self.stride, self.padding, tuple(left_over)), weight
 
     def output_shape(self, input_shape: Sequence[int], weight: Tensor) -> Tuple[int, ...]:
-        """Shape of one sample's output for one sample's input, both without the batch dimension."""
+        """Shape of one sample's output for one sample's input, both without the batch dimension.
+
+        Raises ValueError where the map takes no such input.
+        """
+        taken = weight.shape[0 if self.kind == "transposed" else 1]
+        if len(input_shape) != (1 if self.kind == "dense" else 3) or input_shape[0] != taken:
+            wanted = f"({taken},)" if self.kind == "dense" else f"({taken}, height, width)"
+            raise ValueError(f"a {self.kind} map of this weight takes inputs of shape {wanted} from each sample, not {tuple(input_shape)}")
         if self.kind == "dense":
             return (weight.shape[0],)
         kernel = weight.shape[2:]

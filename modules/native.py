@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from modules.hidden_layer import SaturatedNorm
 
 PANEL = 32  # as in native.h
+ANDERSON_MEMORY = 5  # as in native_solve.c
 SAMPLES_TO_JUDGE_BY = 16
 
 _FOLDER = Path(__file__).parent

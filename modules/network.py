@@ -56,6 +56,10 @@ class FeedbackSNN(nn.Module):
         self.layer_shapes = [self.input.output_shape(self.input_shape)]
         for connection in self.hidden:
             self.layer_shapes.append(connection.output_shape(self.layer_shapes[-1]))
+        fed_back = self.feedback.map.output_shape(self.layer_shapes[-1], self.feedback.w)
+        if fed_back != self.layer_shapes[0]:
+            raise ValueError(f"the feedback must lead from the last layer, of shape {self.layer_shapes[-1]}, to the first one, of shape "
+                             f"{self.layer_shapes[0]}: its output has the shape {fed_back}")
         if feedback_norm == "operator":
             self.feedback.bound_operator(self.layer_shapes[-1])
         self.readout = nn.Linear(torch.Size(self.layer_shapes[-1]).numel(), classes)

@@ -17,7 +17,8 @@ class Neuron(NamedTuple):
     """The constants of a spiking neuron: firing `threshold` V_th > 0 and `leak` λ.
 
     0 < λ < 1 is the leaky model (LIF); λ = 1 is the integrate-and-fire model without leak (IF). Another neuron is a subclass with its
-    own `step` and `equilibrium`, whose `leak` weighs the firing rate over time; docs/extending.md shows one.
+    own `step` and `equilibrium`, whose `leak` weighs the firing rate over time; docs/extending.md shows one. The C and Triton kernels have
+    these equations once more: what is changed here alone shows only where PyTorch serves.
     """
 
     threshold: float
@@ -31,6 +32,10 @@ class Neuron(NamedTuple):
     def has_kernels(self) -> bool:
         """Whether the C and Triton kernels compute this neuron; a subclass runs in PyTorch."""
         return type(self) is Neuron
+
+    def rest(self, current: Tensor) -> "NeuronState":
+        """The state before the first step, for a current of that shape; of a subclass also one with more than potential and spikes."""
+        return resting_state(current)
 
     def step(self, current: Tensor, state: "NeuronState", fire: Fire) -> "NeuronState":
         """The state one time step later; `fire` gives the spikes, by which back-propagation through time brings its surrogate."""

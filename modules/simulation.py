@@ -143,6 +143,7 @@ class SpikingLayer:
         self.total = torch.zeros_like(self.potential) if with_rate else None
         self.count = torch.zeros_like(self.spikes, dtype=torch.uint8) if with_count and not with_rate else None
         self.expected: Optional[Expected] = None
+        self.state: Optional[NeuronState] = None  # where no kernel serves
 
     def step(self, current: Optional[Tensor], synapses: Optional[Synapses] = None, source: Optional["SpikingLayer"] = None,
              mask: Optional[Tensor] = None) -> None:
@@ -159,7 +160,8 @@ class SpikingLayer:
             # The membrane is float32 also where the products are not.
             synaptic = synaptic.to(self.potential.dtype) if mask is None else synaptic.to(self.potential.dtype) * mask
             current = synaptic if current is None else current + synaptic
-        self.potential, self.spikes = self.neuron.step(current, NeuronState(self.potential, self.spikes), reached)
+        self.state = self.neuron.step(current, self.neuron.rest(current) if self.state is None else self.state, reached)
+        self.potential, self.spikes = self.state.potential, self.state.spikes
         if self.total is not None:
             self.total.mul_(self.neuron.leak).add_(self.spikes)
 

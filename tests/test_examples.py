@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from modules.bptt import SURROGATES
 from modules.implicit import autograd_vjp
 from modules.neuron import Neuron, resting_state
 from modules.solvers import METHODS, solve
+from modules.zoo import f400
 from tests.small_data import command, write_small_data, write_small_mnist
 
 # Other tests go through all of METHODS, and mean the project's own.
@@ -86,3 +88,38 @@ def test_the_new_data_set_can_be_learnt():
     train, test = new_dataset.data(None)
     guess = test.inputs.view(-1, new_dataset.CLASSES, 36).mean(2).argmax(1)
     assert len(train.labels) == 2000 and torch.equal(guess, test.labels)
+
+
+class Adaptive(NamedTuple):
+    potential: torch.Tensor
+    spikes: torch.Tensor
+    raised: torch.Tensor  # the threshold, by the last spike
+
+
+class Tiring(Neuron):
+    rise = 0.5
+
+    def rest(self, current):
+        return Adaptive(*resting_state(current), torch.zeros_like(current))
+
+    def step(self, current, state, fire):
+        potential = state.potential - (self.threshold + state.raised) * state.spikes + current
+        spikes = fire(potential - state.raised, self.threshold)
+        return Adaptive(potential, spikes, 0.5 * state.raised + self.rise * spikes)
+
+
+@pytest.mark.parametrize("surrogate", [None, SURROGATES["triangular"]], ids=["implicit", "bptt"])
+def test_a_neuron_may_have_state_and_constants_of_its_own(surrogate):
+    network = f400(neuron=Tiring(0.5, 1.0), width=6, inputs=5, classes=3, time_steps=8, surrogate=surrogate)
+    seen, weights, x, normalised = [], [], torch.randn(4, 5), network.feedback.normalised_weight
+    network.feedback.normalised_weight = lambda: weights.append(normalised()) or weights[-1]
+    network(x, observe=lambda t, spikes: seen.append(spikes[0])).sum().backward()
+    weight = weights[0].detach()
+    current = (network.input.linear(x) - network.input.linear(x).mean(0)) / (network.input.linear(x).var(0, unbiased=False) + 1e-5).sqrt()
+    potential = raised = spikes = torch.zeros(4, 6)
+    for fired in seen:
+        potential = potential - (0.5 + raised) * spikes + current.detach() + spikes @ weight.t()
+        spikes, last = (potential - raised >= 0.5).float(), raised
+        raised = 0.5 * last + 0.5 * spikes
+        assert torch.equal(spikes, fired)
+    assert 0 < torch.stack(seen).mean() < 1 and network.input.linear.weight.grad.norm() > 0

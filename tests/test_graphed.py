@@ -296,11 +296,17 @@ def of_each_norm(**settings):
     return change
 
 
+class Halved(Neuron):
+    def step(self, current, state, fire):
+        return super().step(current / 2, state, fire)
+
+
 CHANGES = {
     "parameters": new_weight, "parameters that are other objects": other_parameters_in_the_same_memory,
     "T": lambda network: setattr(network, "time_steps", 3), "evaluation": lambda network: network.eval(),
     "a frozen parameter": lambda network: network.feedback.g.requires_grad_(False),
     "one that no longer is": lambda network: network.feedback.w.requires_grad_(True),
+    "the neuron's kind": lambda network: setattr(network, "neuron", Halved(*network.neuron)),
     "the threshold": lambda network: setattr(network, "neuron", make_neuron(0.5, 0.9)),
     "the Jacobian's batch norms": lambda network: setattr(network, "jacobian_bn", "eval"),
     "momentum": of_each_norm(momentum=0.5), "epsilon": of_each_norm(eps=0.1),

@@ -17,6 +17,7 @@ from modules.jacobian import Link, TransposedJacobian
 from modules.linear_map import LinearMap
 from modules.neuron import equilibrium_rate, make_neuron
 from modules.simulation import SpikingLayer, StaticInput, Synapses, _expectations, simulate
+from modules.solvers import METHODS, Anderson, FixedPoint
 from tests import naive
 from tests.networks import KINDS, explicit_masks, small_network
 
@@ -292,6 +293,20 @@ def test_layer_solve_reaches_the_tolerance_and_says_so(feedback, shape, batch, t
     assert solver.tally.not_converged == 0
     plain = BackwardSolver(tol=1e-9, max_iterations=300)(exact, gradient.double())
     assert (v - plain).norm() <= 20 * tol * gradient.norm()
+
+
+@pytest.mark.parametrize("change", ["memory", "method"])
+def test_another_method_in_the_place_of_andersons_is_not_the_kernels(change, monkeypatch):
+    gradient, gain = torch.randn(4, 30), 0.5 * (torch.rand(4, 30) < 0.4).float()
+    product = product_of(LinearMap("dense"), torch.randn(30, 30) / 8, gain)
+    by_kernel = BackwardSolver()(product, gradient)
+    if change == "memory":
+        monkeypatch.setattr(Anderson, "memory", 1)
+    else:
+        monkeypatch.setitem(METHODS, "anderson", FixedPoint)
+    monkeypatch.setattr(native, "solve_layer", lambda *arguments: pytest.fail("the kernel was called"))
+    v = BackwardSolver()(product, gradient)
+    assert not torch.equal(v, by_kernel) and (v - by_kernel).norm() <= 1e-2 * by_kernel.norm()
 
 
 def test_layer_solve_that_does_not_converge_is_counted():

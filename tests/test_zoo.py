@@ -8,6 +8,7 @@ from torch import nn
 
 from modules.connection import Connection
 from modules.feedback import Feedback
+from modules.network import FeedbackSNN
 from modules.neuron import make_neuron
 from modules.zoo import alexnet_f, cifarnet_f, f64c5_mnist, f64c5_nmnist, f400
 
@@ -78,3 +79,30 @@ def test_convolutions_of_another_kind_are_refused(settings):
     if "groups" in settings:
         with pytest.raises(ValueError, match="groups=2"):
             Feedback(nn.ConvTranspose2d(4, 4, 3, bias=False, **settings))
+
+
+@pytest.mark.parametrize("feedback", [
+    nn.Linear(300, 400, bias=False), nn.Linear(400, 300, bias=False), nn.Linear(400, 1, bias=False), nn.Conv2d(400, 400, 1, bias=False)])
+def test_a_feedback_of_another_shape_is_refused(feedback):
+    with pytest.raises(ValueError, match="must lead from the last layer|takes inputs of shape"):
+        FeedbackSNN((784,), Connection(nn.Linear(784, 400)), [], Feedback(feedback), classes=10, **SETTINGS)
+
+
+@pytest.mark.parametrize("hidden,feedback", [
+    ([nn.Conv2d(8, 8, 3, padding=1)], nn.Conv2d(8, 8, 3, bias=False)),  # 14 → 12
+    ([nn.Conv2d(4, 8, 3, padding=1)], nn.Conv2d(8, 8, 3, padding=1, bias=False)),
+    ([nn.Linear(8 * 14 * 14, 20)], nn.Linear(20, 20, bias=False)),
+])
+def test_layers_that_do_not_fit_together_are_refused(hidden, feedback):
+    with pytest.raises(ValueError, match="must lead from the last layer|takes inputs of shape"):
+        FeedbackSNN((1, 28, 28), Connection(nn.Conv2d(1, 8, 5, stride=2, padding=2)), list(map(Connection, hidden)), Feedback(feedback),
+                    classes=10, **SETTINGS)
+
+
+def test_every_output_channel_of_a_connection_starts_with_unit_norm():
+    for linear in (nn.Linear(7, 4), nn.Conv2d(3, 4, 5), nn.ConvTranspose2d(3, 4, 5)):
+        connection = Connection(linear)
+        filters = connection.linear.weight.detach().movedim(connection.map.filter_dim(), 0).flatten(1)
+        torch.testing.assert_close(filters.norm(dim=1), torch.ones(4))
+    with pytest.raises(ValueError, match="bias=True"):
+        Connection(nn.Linear(7, 4, bias=False))
