@@ -18,12 +18,17 @@ import fmnist_mlp
 import get_rate_cifar_alexnetf
 import mnist_conv
 import nmnist_conv
+from examples import new_neuron, new_solver
 from modules.neuron import make_neuron
+from modules.solvers import METHODS
 from modules.zoo import f400
 from tests.published_layout import published_file
 from tests.small_data import RAW, command, write_idx, write_small_data
+from utils import export_nir, report
 from utils.data import idx_datasets
 from utils.data.sources import Source
+from utils.errors import UserError
+from utils.trained import find_arguments
 
 
 @pytest.fixture
@@ -68,6 +73,46 @@ def test_flag(arguments, named, trained, data):
     before = contents(trained)
     assert_refused(named, "--path", data, "-c", trained, *arguments)
     assert contents(trained) == before
+
+
+@pytest.mark.parametrize("flags", [["--train-batch", 1], ["--train-limit", 1], ["--train-batch", 20, "--train-limit", 41]])
+def test_a_batch_of_one_sample_in_which_a_batch_norm_finds_no_variance(flags, trained, data):
+    before = contents(trained)
+    assert_refused("smallest batch has 1 samples, too few for a batch norm's statistics", "--path", data, "-c", trained, *flags)
+    assert contents(trained) == before
+
+
+def test_a_convolutional_network_trains_on_one_sample_at_a_time(tmp_path):
+    data = write_small_data(tmp_path / "mnist", folder="MNIST/raw")
+    status, _, err = command("--path", data, "-c", tmp_path / "run", "--train-batch", 1, "--train-limit", 2, "-t", 2, "--epochs", 1,
+                             "--device", "cpu", script=mnist_conv)
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("vth", ["1e-300", "1e-46", "1e300"])
+def test_thresholds_beyond_float32_are_refused(vth, trained, data):
+    assert_refused("--vth", "--path", data, "-c", trained, "--vth", vth)
+
+
+def test_a_checkpoint_of_other_neurons(tmp_path, data, capsys):
+    """Whose shapes tell nothing of that; and its script is found by the name of its file, too."""
+    run, flags = tmp_path / "run", ["--path", data, "--device", "cpu"]
+    assert command(*flags, "--epochs", 1, "-c", run, script=new_neuron)[0] == 0
+    path = run / "checkpoint.pth.tar"
+    for more in (["--evaluate"], ["-c", tmp_path / "more", "--epochs", 2]):
+        assert_refused("its neurons are of the class Refractory", *flags, "--resume", path, *more)
+    for tool, more in ((report, ["--path", data]), (export_nir, ["--out", tmp_path / "model.nir"])):
+        with pytest.raises(SystemExit, match="2"):
+            tool.main([*map(str, ["--resume", path, *more])])
+        assert "its neurons are of the class Refractory" in capsys.readouterr().err and not (tmp_path / "model.nir").exists()
+    assert find_arguments(path, "examples/new_neuron.py", {})[0] is new_neuron.RECIPE
+
+
+def test_a_checkpoint_with_the_solver_of_another_script(tmp_path, data, monkeypatch):
+    assert command("--path", data, "--device", "cpu", "--epochs", 1, "-c", tmp_path, "--solver", "richardson", script=new_solver)[0] == 0
+    monkeypatch.delitem(METHODS, "richardson")
+    with pytest.raises(UserError, match="'richardson' is none of .*--experiment"):
+        find_arguments(tmp_path / "checkpoint.pth.tar", None, {})
 
 
 def test_gpu_that_is_not_there(trained, data, monkeypatch):
@@ -131,6 +176,11 @@ def test_data_folder_that_cannot_be_made(tmp_path):
     assert_refused("--path", "--path", tmp_path / "file" / "data")
 
 
+def cut_short(path):
+    torch.save({"weight": torch.zeros(3000)}, path)
+    path.write_bytes(path.read_bytes()[:5000])
+
+
 def other_network(path):
     network = f400(50, neuron=make_neuron(2, 1), time_steps=2)
     torch.save({"epoch": 1, "state_dict": network.state_dict(), "acc": 1.0, "best_acc": 1.0, "optimizer": {},
@@ -143,12 +193,12 @@ class Malicious:
 
 
 @pytest.mark.parametrize("make,reason", [
-    (lambda path: None, "no such file"), (lambda path: path.mkdir(), "no such file"),
+    (lambda path: None, "no such file"), (lambda path: path.mkdir(), "is a folder"),
     (lambda path: path.write_bytes(b""), "not a readable"),
     (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "not a readable"),
     (lambda path: path.write_bytes(pickle.dumps(Malicious())), "not a readable"),
     (lambda path: torch.save(Malicious(), path), "not a readable"),
-    (lambda path: torch.save({"weight": torch.zeros(3)}, path), "holds no checkpoint"),
+    (cut_short, "its end is missing"), (lambda path: torch.save({"weight": torch.zeros(3)}, path), "it has no part 'state_dict'"),
     (lambda path: torch.save([1, 2], path), "holds no checkpoint"),
     (lambda path: torch.save({"state_dict": 3, "epoch": 1, "acc": 1, "best_acc": 1}, path), "holds no checkpoint"),
     (other_network, "another network"),

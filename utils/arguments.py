@@ -47,7 +47,7 @@ def _add_data_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     # Users of the published code write cifar10, the paper CIFAR-10; both are meant.
     group.add_argument("-d", "--dataset", type=lambda text: text.lower().replace("-", ""), choices=list(recipe.datasets),
                        default=next(iter(recipe.datasets)), help="data set; it decides the number of classes")
-    group.add_argument("--path", type=place, default="./data", help="folder of the data set; fetched there if it is missing")
+    group.add_argument("--path", type=place, default="./data", help="folder of the data set; fetched there if it is missing and can be had (data/README.md)")
     group.add_argument("-j", "--workers", type=whole(0), default=4,
                        help="accepted for the published command lines and unused: data is kept in memory, ready to use")
     group.add_argument("--train-limit", type=whole(1), metavar="N", help="train on the first N samples only (default: on all)")
@@ -60,7 +60,7 @@ def _add_data_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
 def _add_network_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     group.add_argument("-t", "--time_step", "--time-step", type=whole(1), default=30, help="time steps T of the simulation")
-    group.add_argument("--vth", type=real(above=0), default=2.0, help="firing threshold V_th of every neuron")
+    group.add_argument("--vth", type=real(at_least=1e-9, below=1e9), default=2.0, help="firing threshold V_th of every neuron")
     group.add_argument("--leaky", type=real(), default=0.95,
                        help="leak λ: the LIF model for 0 < λ < 1, the IF model without leak for any other value")
     group.add_argument("--drop", "--dropout", dest="dropout", type=real(at_least=0, below=1), default=0.2,

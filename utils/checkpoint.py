@@ -29,7 +29,7 @@ class Checkpoint:
     """What a run needs to go on: `epoch` is the one to run next or, where `partial` says how far it is, to go on with.
 
     Accuracies are in percent, `acc` the last whole epoch's and `best_acc` that of the first `best_epoch` epochs' last. `log_rows` is
-    the log so far. `optimizer` is this project's PyTorch optimizer state; from a published file, `momentum` holds its buffers by
+    the log so far; `neuron` is the name of the neurons' class. `optimizer` is this project's PyTorch optimizer state; from a published file, `momentum` holds its buffers by
     parameter name.
     """
 
@@ -44,6 +44,7 @@ class Checkpoint:
     best_epoch: int = 0
     log_rows: Optional[List[List[float]]] = None
     partial: Optional[EpochState] = None
+    neuron: str = "Neuron"
     torch_version: str = str(torch.__version__)
     project_version: str = VERSION
 
@@ -93,6 +94,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises UserError that names the file where it is missing, damaged or something else.
     """
+    if path.is_dir():
+        raise UserError(f"--resume {path}: that is a folder; name a file in it, such as {path / LATEST}")
     if not path.is_file():
         raise UserError(f"--resume {path}: there is no such file")
     try:
@@ -102,7 +105,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         return _from_contents(contents)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        reason = str(error) if type(error) is ValueError else "a part of it is missing or of another kind"
+        reason = str(error) if type(error) is ValueError else f"it has no part {error}" if type(error) is KeyError \
+            else "a part of it is missing or of another kind"
         raise UserError(f"--resume {path}: the file holds no checkpoint of a feedback spiking network ({reason})") from error
 
 
@@ -123,12 +127,15 @@ def _from_contents(contents: Dict[str, Any]) -> Checkpoint:
                       arguments=contents["arguments"], best_epoch=checked_epoch(contents.get("best_epoch", 0)),
                       log_rows=checked_rows(contents.get("log_rows")),
                       partial=EpochState.from_state(partial) if partial else None,
-                      torch_version=str(contents.get("torch_version", "unknown")),
+                      neuron=str(contents.get("neuron", "Neuron")), torch_version=str(contents.get("torch_version", "unknown")),
                       project_version=str(contents.get("project_version", "unknown")), **common)
 
 
 def restore_network(network: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
-    """Load the tensors; raises UserError if they belong to another network or are not finite, naming the first that is so."""
+    """Load the tensors; raises UserError if they belong to another network or are not finite, naming the first that is so.
+
+    Another network is also one of another class of neurons, whatever their constants.
+    """
     own = network.state_dict()
     for name in sorted(own.keys() | checkpoint.state_dict.keys()):
         there, here = checkpoint.state_dict.get(name), own.get(name)
@@ -140,6 +147,10 @@ def restore_network(network: nn.Module, checkpoint: Checkpoint, path: Path) -> N
             check_fits(name, there, here)
         except ValueError as error:
             raise UserError(f"--resume {path}: {error}") from error
+    own_neuron = type(network.neuron).__name__
+    if checkpoint.neuron != own_neuron:
+        raise UserError(f"--resume {path}: its neurons are of the class {checkpoint.neuron:.40} and this network's of {own_neuron}; use the "
+                        "script that it was trained with (utils.report takes it with --experiment)")
     network.load_state_dict(checkpoint.state_dict)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from utils.data.inert_pickle import Function, Machine, expect
 
+ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # The first of five pickles in files of PyTorch before 1.6; the storages follow.
 LARGEST_PICKLE = 2**26  # bytes, without the tensors' values; a checkpoint of the largest network here has 10,000
 ITEM_BYTES = {f"torch {name}Storage": size for name, size in {
@@ -36,6 +37,8 @@ def _check(path: Path) -> None:
             _check_zip(archive, path.stat().st_size)
     else:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
+            if contents[:4] == ZIP_MAGIC:
+                raise ValueError("its end is missing")
             _check_legacy(contents)
 
 

@@ -7,6 +7,7 @@ from typing import Optional, Sequence, Tuple
 
 import torch
 from termcolor import cprint
+from torch import nn
 
 from modules.across_processes import process_count
 from modules.bptt import SURROGATES
@@ -30,7 +31,7 @@ from utils.recipe import Recipe
 from utils.run_files import NoFiles, RunFiles
 from utils.run_folder import check_writable, open_run_folder
 from utils.run_record import Used, write_run_record
-from utils.run_state import RunState, announce, starting_point
+from utils.run_state import RunState, announce, announce_evaluation, starting_point
 from utils.tensorboard import check_tensorboard
 from utils.training import evaluate
 
@@ -60,18 +61,22 @@ def main(recipe: Recipe, argv: Optional[Sequence[str]] = None) -> None:
 def run(recipe: Recipe, args: Namespace, device: torch.device, interruption: Interruption) -> None:
     """Everything that can be refused is checked before the data is loaded and anything is written."""
     folder = Path(args.checkpoint)
-    if not args.evaluate:
-        check_batches(args)
     set_deterministic(args.deterministic)
     seed = from_the_first(lambda: seed_of(args))
     torch.manual_seed(seed)
     network = build_network(recipe, args)
+    # A sample of an image has many values of a channel, one of a dense layer a single value of a unit.
+    least = 2 if any(isinstance(module, nn.BatchNorm1d) for module in network.modules()) else 1
+    if not args.evaluate:
+        check_batches(args, least_alone=least)
     if args.sync_bn and process_count() > 1:
         synchronise_batch_norms(network)
     draw_independently(seed)
     source, checkpoint = from_the_first(lambda: _source(args, folder))
     if checkpoint:
         restore_network(network, checkpoint, source)
+        if args.evaluate:
+            announce_evaluation(checkpoint, args)
     network.to(device)
     state = None if args.evaluate else starting_point(network, args, checkpoint, source)
     if state or args.firing_rate:
@@ -91,7 +96,7 @@ def run(recipe: Recipe, args: Namespace, device: torch.device, interruption: Int
     if state and state.finished:
         _finish(state, folder, source)
     elif state:
-        check_batches(args, len(train.labels))
+        check_batches(args, len(train.labels), least)
         train_batches = Batches(train, args.train_batch, shuffled=True)
         if checkpoint:
             announce(state, checkpoint, source)
@@ -113,7 +118,7 @@ def _open_files(state: RunState, args: Namespace, seed: int, device: torch.devic
     with failing_clearly(folder, "Make room or choose another -c"):
         open_run_folder(folder, continued)
         write_run_record(folder, args, seed, device, used)
-    return RunFiles(folder, state, source if continued else None)
+    return RunFiles(folder, state, source)
 
 
 def _source(args: Namespace, folder: Path) -> Tuple[Optional[Path], Optional[Checkpoint]]:

@@ -92,7 +92,7 @@ def _warn(state: EpochState) -> None:
     if tally.not_converged > MOST_UNCONVERGED * tally.solves:
         cprint(f"warning: {tally.not_converged} of {tally.solves} backward solves did not converge, so gradients are inexact; "
                "raise --threshold or --tol, or lower --lr", "yellow", flush=True)
-    if state.mean_residual > LARGEST_MEAN_RESIDUAL:
+    if state.residuals and not state.mean_residual <= LARGEST_MEAN_RESIDUAL:  # It may be no number.
         cprint(f"warning: firing rates are {state.mean_residual:.2f} of their size away from the equilibrium that the gradient is "
                "that of; raise --time_step", "yellow", flush=True)
     if state.skipped:

@@ -198,18 +198,19 @@ def draw_independently(seed: int) -> None:
         torch.manual_seed(seeds[process_rank()].item())
 
 
-def check_batches(args: Namespace, samples: Optional[int] = None) -> None:
-    """Raises UserError where --train-batch, or the last batch of `samples`, can't be shared out."""
+def check_batches(args: Namespace, samples: Optional[int] = None, least_alone: int = 1) -> None:
+    """Raises UserError where --train-batch, or the last batch of `samples`, can't be shared out, or is below what one process needs."""
     processes = process_count()
     if args.train_batch % processes:
         raise known_to_all(UserError(f"--train-batch {args.train_batch}: it is the samples of all processes together and is shared out "
                                      f"evenly; give a multiple of {processes}, the number of processes"))
     # A batch norm needs two values of each channel.
-    least = processes if args.sync_bn else 2 * processes
+    least = least_alone if processes == 1 else processes if args.sync_bn else 2 * processes
     last = (samples or 0) % args.train_batch or args.train_batch
-    if processes > 1 and last < least:
-        raise known_to_all(UserError(f"--train-batch {args.train_batch}: an epoch's smallest batch has {last} samples, too few for "
-                                     f"{processes} processes; at least {least} are needed. Choose another --train-batch or --train-limit"))
+    if last < least:
+        of = f"for {processes} processes" if processes > 1 else "for a batch norm's statistics"
+        raise known_to_all(UserError(f"--train-batch {args.train_batch}: an epoch's smallest batch has {last} samples, too few {of}; at "
+                                     f"least {least} are needed. Choose another --train-batch or --train-limit"))
 
 
 def torchrun_command(gpu_ids: Sequence[str], argv: Sequence[str]) -> str:

@@ -12,10 +12,11 @@ from utils.checkpoint import Checkpoint, random_state, restore_optimizer, restor
 from utils.data.batches import Batches
 from utils.epoch_state import EpochState
 from utils.errors import RunFailed, UserError
-from utils.log import read_log
+from utils.log import COLUMNS, read_log
 from utils.optimizer import make_optimizer
 
-# Flags that say where a run is and what is shown of it, and nothing of its result once it goes on.
+# Flags that change what a trained network computes; and those that say where a run is and what is shown of it, and nothing of its result.
+OF_A_PASS = {"vth", "leaky", "time_step", "feedback_norm", "precision"}
 NOT_OF_THE_RESULT = {"checkpoint", "checkpoint_every", "evaluate", "firing_rate", "manualSeed", "path", "resume", "start_epoch", "workers"}
 
 
@@ -50,6 +51,10 @@ class RunState:
 
     def start_at(self, epoch: int) -> None:
         self.epoch, self.partial, self.rows = epoch, EpochState(), self.rows[:epoch]
+        if self.best_epoch > epoch:  # It is to be run again.
+            self.best, self.best_epoch = 0.0, 0
+            for before, row in enumerate(self.rows):
+                self._judge(before + 1, row[COLUMNS.index("Valid Acc.")])
 
     def go_on_with(self, batches: Batches) -> None:
         """Begin the epoch anew where `batches` are no longer those that were counted."""
@@ -66,8 +71,11 @@ class RunState:
         """Count an epoch as done, with its `row` of the log and its test accuracy."""
         self.epoch, self.accuracy, self.partial = self.epoch + 1, accuracy, EpochState()
         self.rows.append(row)
+        self._judge(self.epoch, accuracy)
+
+    def _judge(self, epoch: int, accuracy: float) -> None:
         if accuracy > self.best:
-            self.best, self.best_epoch = accuracy, self.epoch
+            self.best, self.best_epoch = accuracy, epoch
 
     def checkpoint(self) -> Checkpoint:
         """The whole job's state, for which all its processes must ask together.
@@ -82,7 +90,7 @@ class RunState:
                             "is kept. Lower --lr, or look at the data")
         arguments = {name: value for name, value in vars(self.args).items() if name != "resume"}
         return Checkpoint(self.epoch, tensors, self.accuracy, self.best, self.optimizer.state_dict(), random_state=random_state(),
-                          arguments=arguments, best_epoch=self.best_epoch, log_rows=self.rows,
+                          neuron=type(self.network.neuron).__name__, arguments=arguments, best_epoch=self.best_epoch, log_rows=self.rows,
                           partial=self.partial.of_all_processes() if self.partial.iteration else None)
 
     @property
@@ -110,19 +118,31 @@ def starting_point(network: nn.Module, args: Namespace, checkpoint: Optional[Che
 def announce(state: RunState, checkpoint: Checkpoint, source: Path) -> None:
     """Say where the run goes on, and what is other than when the checkpoint was written."""
     print(f"Going on from {source}, {state.place}.", flush=True)
-    changed = differences(checkpoint, state.args)
+    _warn(differences(checkpoint, state.args))
+
+
+def announce_evaluation(checkpoint: Checkpoint, args: Namespace) -> None:
+    """Say what makes the network compute something else than the one that was trained."""
+    trained = {name: value for name, value in checkpoint.arguments.items() if name in OF_A_PASS}
+    _warn(_changed(trained, vars(args)))
+
+
+def _warn(changed: List[str]) -> None:
     if changed:
         cprint(f"warning: not as in the checkpoint: {'; '.join(changed)}", "yellow", flush=True)
 
 
 def differences(checkpoint: Checkpoint, args: Namespace) -> List[str]:
     """The flags and versions that are other than when the checkpoint was written and can change the result, then and now."""
-    now, then = vars(args), checkpoint.arguments
-    changed = [f"--{name.replace('_', '-')} was {_shown(then[name])}, is now {_shown(now[name])}" for name in now
-               if name in then and name not in NOT_OF_THE_RESULT and then[name] != now[name]]
-    if then and checkpoint.torch_version != str(torch.__version__):
+    changed = _changed(checkpoint.arguments, vars(args))
+    if checkpoint.arguments and checkpoint.torch_version != str(torch.__version__):
         changed.append(f"PyTorch was {checkpoint.torch_version}, is now {torch.__version__}")
     return changed
+
+
+def _changed(then: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
+    return [f"--{name.replace('_', '-')} was {_shown(then[name])}, is now {_shown(now[name])}" for name in now
+            if name in then and name not in NOT_OF_THE_RESULT and then[name] != now[name]]
 
 
 def _shown(value: Any) -> str:

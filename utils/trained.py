@@ -9,6 +9,7 @@ import torch
 
 from modules.network import FeedbackSNN
 from modules.neuron import make_neuron
+from modules.solvers import METHODS
 from utils.arguments import parse_arguments
 from utils.checkpoint import Checkpoint, load_checkpoint, restore_network
 from utils.data.batches import Samples
@@ -49,6 +50,9 @@ def find_arguments(path: Path, experiment: Optional[str], changes: Dict[str, Any
     args = parse_arguments(recipe, ["--resume", str(path)])
     given = {name: value for name, value in changes.items() if value is not None}
     vars(args).update({**checkpoint.arguments, **given, "resume": str(path), "evaluate": True})
+    if args.solver not in METHODS:
+        raise UserError(f"--resume {path}: its solver {str(args.solver)[:40]!r} is none of {', '.join(METHODS)}; name the script that adds "
+                        "it with --experiment")
     if args.dataset not in recipe.datasets or not checkpoint.arguments:
         classes = len(checkpoint.state_dict.get("readout.bias", ()))
         args.dataset = next((name for name, count in recipe.datasets.items() if count == classes), next(iter(recipe.datasets)))
@@ -57,7 +61,7 @@ def find_arguments(path: Path, experiment: Optional[str], changes: Dict[str, Any
 
 def _named(experiment: str) -> Recipe:
     try:
-        return importlib.import_module(experiment.removesuffix(".py")).RECIPE
+        return importlib.import_module(experiment.removesuffix(".py").replace("/", ".")).RECIPE
     except (ImportError, AttributeError) as error:
         raise UserError(f"--experiment {experiment}: there is no training script of this name; "
                         f"name one such as {EXPERIMENTS[0]}, in the current folder") from error
