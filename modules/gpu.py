@@ -66,7 +66,9 @@ def refusing_to_wait() -> Iterator[None]:
     In a capture that is an error too, but one after which PyTorch before 2.12 can't capture anything else.
     """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -96,6 +96,8 @@ class LinearMap(NamedTuple):
         kernel = weight.shape[2:]
         if self.kind == "convolutional":
             sizes = [(size + 2 * pad - k) // s + 1 for size, k, s, pad in zip(input_shape[1:], kernel, self.stride, self.padding)]
+            if min(sizes) < 1:
+                raise ValueError(f"a kernel of {tuple(kernel)} is larger than an input of shape {tuple(input_shape)} with its padding")
             return (weight.shape[0], *sizes)
         sizes = [(size - 1) * s - 2 * pad + k + extra for size, k, s, pad, extra
                  in zip(input_shape[1:], kernel, self.stride, self.padding, self.output_padding)]

@@ -46,7 +46,7 @@ class Anderson:
 
     The weights α, Σα = 1, minimise ‖Σ α_i r_i‖ over the `memory` latest residuals r_i = map(x_i) − x_i. The Gram matrix is
     scaled to unit diagonal before it is regularised, so the bias is relative to each residual, whatever the loss's scale.
-    native_solve.c has the method once more, for single layers on a CPU, with this memory: a changed one is a method of another name.
+    native_solve.c has the method once more, for single layers on a CPU; it serves with this memory alone, and shows no change of the rest.
     """
 
     memory = 5

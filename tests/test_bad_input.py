@@ -105,7 +105,14 @@ def test_a_checkpoint_of_other_neurons(tmp_path, data, capsys):
         with pytest.raises(SystemExit, match="2"):
             tool.main([*map(str, ["--resume", path, *more])])
         assert "its neurons are of the class Refractory" in capsys.readouterr().err and not (tmp_path / "model.nir").exists()
-    assert find_arguments(path, "examples/new_neuron.py", {})[0] is new_neuron.RECIPE
+    for name in ("examples.new_neuron", "examples/new_neuron.py", "./examples/new_neuron.py"):
+        assert find_arguments(path, name, {})[0] is new_neuron.RECIPE
+    with pytest.raises(UserError, match="--experiment /examples/new_neuron.py: there is no training script"):
+        find_arguments(path, "/examples/new_neuron.py", {})
+    before = torch.load(path, weights_only=True)
+    del before["neuron"]  # of an earlier version
+    torch.save(before, path)
+    assert command(*flags, "--resume", path, "--evaluate", script=new_neuron)[0] == 0
 
 
 def test_a_checkpoint_with_the_solver_of_another_script(tmp_path, data, monkeypatch):

@@ -1,4 +1,4 @@
-"""A dense layer's training pass by its own kernels, against the same pass module by module, which other tests hold against the naive one."""
+"""A dense layer's training pass by its own kernels, against the one module by module, which other tests hold against the naive one."""
 
 import copy
 

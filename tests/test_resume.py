@@ -99,31 +99,18 @@ def test_learning_rate(epoch, iteration, expected):
     assert learning_rate(0.05, epoch, iteration, [30, 60, 90], 0.1, warmup=50) == pytest.approx(expected)
 
 
-def test_a_run_that_goes_on_in_another_folder_brings_its_best_network_along(data, tmp_path):
-    """Of its last epoch or an earlier one; none is better than one without an error."""
-    train(data, tmp_path / "old", 4, "--lr", 0.2)
-    best = load_checkpoint(tmp_path / "old" / "model_best.pth.tar")
-    for source, folder in (("old", "new"), ("new", "newest")):
-        train(data, tmp_path / folder, {"new": 5, "newest": 6}[folder], "--resume", tmp_path / source / "checkpoint.pth.tar")
-        brought = load_checkpoint(tmp_path / folder / "model_best.pth.tar")
-        assert (brought.epoch, brought.acc) == (best.epoch, best.acc) and best.acc == 100
-        assert load_checkpoint(tmp_path / folder / "checkpoint.pth.tar").best_acc == best.acc
-    other = (tmp_path / "old" / "checkpoint.previous.pth.tar").read_bytes()  # Not the epoch that was the best.
-    assert best.epoch != 3
-    (tmp_path / "new" / "model_best.pth.tar").write_bytes(other)
-    train(data, tmp_path / "without", 6, "--resume", tmp_path / "new" / "checkpoint.pth.tar")
-    assert not (tmp_path / "without" / "model_best.pth.tar").exists()
-
-
 def test_what_is_run_again_does_not_count_as_the_best(data, tmp_path):
+    """Nor is the checkpoint that such a run starts from, in whose folder the best network stays."""
     train(data, tmp_path / "run", 4)
     rows = read_log(tmp_path / "run" / "log.txt")
+    checkpoint, best = tmp_path / "run" / "checkpoint.pth.tar", (tmp_path / "run" / "model_best.pth.tar").read_bytes()
     for start in (0, 1):
-        out = train(data, tmp_path / f"from {start}", start + 1, "--resume", tmp_path / "run" / "checkpoint.pth.tar", "--start-epoch", start,
-                    "--vth", 1e6)
+        out = train(data, tmp_path / f"from {start}", start + 1, "--resume", checkpoint, "--start-epoch", start, "--vth", 1e6)
         again = load_checkpoint(tmp_path / f"from {start}" / "checkpoint.pth.tar")
         accuracies = [row[COLUMNS.index("Valid Acc.")] for row in rows[:start]] + [again.acc]
         assert again.best_acc == pytest.approx(max(accuracies), abs=1e-3), out
+    train(data, tmp_path / "run", 2, "--resume", checkpoint, "--start-epoch", 1, "--vth", 1e6)
+    assert (tmp_path / "run" / "model_best.pth.tar").read_bytes() == best
 
 
 def test_an_evaluation_says_what_is_other_than_in_training(data, tmp_path):

@@ -91,10 +91,11 @@ def test_a_feedback_of_another_shape_is_refused(feedback):
 @pytest.mark.parametrize("hidden,feedback", [
     ([nn.Conv2d(8, 8, 3, padding=1)], nn.Conv2d(8, 8, 3, bias=False)),  # 14 → 12
     ([nn.Conv2d(4, 8, 3, padding=1)], nn.Conv2d(8, 8, 3, padding=1, bias=False)),
+    ([nn.Conv2d(8, 8, 15)], nn.Conv2d(8, 8, 15, bias=False)),
     ([nn.Linear(8 * 14 * 14, 20)], nn.Linear(20, 20, bias=False)),
 ])
 def test_layers_that_do_not_fit_together_are_refused(hidden, feedback):
-    with pytest.raises(ValueError, match="must lead from the last layer|takes inputs of shape"):
+    with pytest.raises(ValueError, match="must lead from the last layer|takes inputs of shape|larger than an input"):
         FeedbackSNN((1, 28, 28), Connection(nn.Conv2d(1, 8, 5, stride=2, padding=2)), list(map(Connection, hidden)), Feedback(feedback),
                     classes=10, **SETTINGS)
 

@@ -29,8 +29,8 @@ class Checkpoint:
     """What a run needs to go on: `epoch` is the one to run next or, where `partial` says how far it is, to go on with.
 
     Accuracies are in percent, `acc` the last whole epoch's and `best_acc` that of the first `best_epoch` epochs' last. `log_rows` is
-    the log so far; `neuron` is the name of the neurons' class. `optimizer` is this project's PyTorch optimizer state; from a published file, `momentum` holds its buffers by
-    parameter name.
+    the log so far; `neuron` is the name of the neurons' class, where the file tells. `optimizer` is this project's PyTorch optimizer
+    state; from a published file, `momentum` holds its buffers by parameter name.
     """
 
     epoch: int
@@ -44,7 +44,7 @@ class Checkpoint:
     best_epoch: int = 0
     log_rows: Optional[List[List[float]]] = None
     partial: Optional[EpochState] = None
-    neuron: str = "Neuron"
+    neuron: Optional[str] = None
     torch_version: str = str(torch.__version__)
     project_version: str = VERSION
 
@@ -127,14 +127,15 @@ def _from_contents(contents: Dict[str, Any]) -> Checkpoint:
                       arguments=contents["arguments"], best_epoch=checked_epoch(contents.get("best_epoch", 0)),
                       log_rows=checked_rows(contents.get("log_rows")),
                       partial=EpochState.from_state(partial) if partial else None,
-                      neuron=str(contents.get("neuron", "Neuron")), torch_version=str(contents.get("torch_version", "unknown")),
+                      neuron=None if contents.get("neuron") is None else str(contents["neuron"]),
+                      torch_version=str(contents.get("torch_version", "unknown")),
                       project_version=str(contents.get("project_version", "unknown")), **common)
 
 
 def restore_network(network: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
     """Load the tensors; raises UserError if they belong to another network or are not finite, naming the first that is so.
 
-    Another network is also one of another class of neurons, whatever their constants.
+    Another network is also one of another class of neurons, whatever their constants; not every file names its own.
     """
     own = network.state_dict()
     for name in sorted(own.keys() | checkpoint.state_dict.keys()):
@@ -148,9 +149,9 @@ def restore_network(network: nn.Module, checkpoint: Checkpoint, path: Path) -> N
         except ValueError as error:
             raise UserError(f"--resume {path}: {error}") from error
     own_neuron = type(network.neuron).__name__
-    if checkpoint.neuron != own_neuron:
-        raise UserError(f"--resume {path}: its neurons are of the class {checkpoint.neuron:.40} and this network's of {own_neuron}; use the "
-                        "script that it was trained with (utils.report takes it with --experiment)")
+    if checkpoint.neuron not in (None, own_neuron):
+        raise UserError(f"--resume {path}: its neurons are of the class {checkpoint.neuron:.40} and this network's of {own_neuron}; use "
+                        "the script that it was trained with (utils.report takes it with --experiment)")
     network.load_state_dict(checkpoint.state_dict)
 
 

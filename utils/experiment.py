@@ -65,7 +65,7 @@ def run(recipe: Recipe, args: Namespace, device: torch.device, interruption: Int
     seed = from_the_first(lambda: seed_of(args))
     torch.manual_seed(seed)
     network = build_network(recipe, args)
-    # A sample of an image has many values of a channel, one of a dense layer a single value of a unit.
+    # A sample gives a dense layer's batch norm a single value of each unit, and a convolution's one of each position.
     least = 2 if any(isinstance(module, nn.BatchNorm1d) for module in network.modules()) else 1
     if not args.evaluate:
         check_batches(args, least_alone=least)
@@ -75,8 +75,6 @@ def run(recipe: Recipe, args: Namespace, device: torch.device, interruption: Int
     source, checkpoint = from_the_first(lambda: _source(args, folder))
     if checkpoint:
         restore_network(network, checkpoint, source)
-        if args.evaluate:
-            announce_evaluation(checkpoint, args)
     network.to(device)
     state = None if args.evaluate else starting_point(network, args, checkpoint, source)
     if state or args.firing_rate:
@@ -86,6 +84,8 @@ def run(recipe: Recipe, args: Namespace, device: torch.device, interruption: Int
     if state and state.finished and not args.firing_rate:
         _finish(state, folder, source)
         return
+    if checkpoint and (state is None or state.finished):
+        announce_evaluation(checkpoint, args)
     with first_of_each_machine_ahead():
         train, test, used = load_samples(recipe, args, device)
     title = f"{recipe.description.format(dataset=args.dataset)}, {network.neuron.name}, T = {args.time_step}"
@@ -118,7 +118,7 @@ def _open_files(state: RunState, args: Namespace, seed: int, device: torch.devic
     with failing_clearly(folder, "Make room or choose another -c"):
         open_run_folder(folder, continued)
         write_run_record(folder, args, seed, device, used)
-    return RunFiles(folder, state, source)
+    return RunFiles(folder, state, source if continued else None)
 
 
 def _source(args: Namespace, folder: Path) -> Tuple[Optional[Path], Optional[Checkpoint]]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import List, Optional
 
-from utils.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS, is_readable, load_checkpoint, save_checkpoint, write_contents
+from utils.checkpoint import BEST, DAMAGED, LATEST, PREVIOUS, is_readable, save_checkpoint, write_contents
 from utils.files import failing_clearly
 from utils.instruments.plots import plot_log
 from utils.log import Log
@@ -14,7 +14,7 @@ class RunFiles:
     """Everything in the run's folder follows from `run`: killed at any moment, the next start repairs what was not yet written.
 
     A checkpoint holds the log and whether its epoch is the best, and is written before the files that tell the same. `source` is the
-    checkpoint that the run goes on from, if it does; out of another folder it brings its best network along.
+    checkpoint in the folder that the run goes on from, if it does.
     """
 
     def __init__(self, folder: Path, run: RunState, source: Optional[Path] = None):
@@ -23,15 +23,11 @@ class RunFiles:
         with failing_clearly(folder / "log.txt", self.advice):
             for leftover in folder.glob("*.part"):
                 leftover.unlink()
-            continued = source is not None and source.resolve().parent == folder.resolve()
-            if continued and (folder / LATEST).exists() and not is_readable(folder / LATEST):
+            if source and (folder / LATEST).exists() and not is_readable(folder / LATEST):
                 # It must not become the previous one.
                 (folder / LATEST).replace(folder / DAMAGED)
-            if source and run.ended_best:
+            if source and run.source_is_best:
                 write_contents(source.read_bytes(), folder / BEST)
-            elif source and not continued and is_readable(source.with_name(BEST)):
-                if load_checkpoint(source.with_name(BEST)).epoch == run.best_epoch:
-                    write_contents(source.with_name(BEST).read_bytes(), folder / BEST)
             self.log = Log(folder / "log.txt", run.rows)
 
     def save(self, run: RunState) -> bytes:

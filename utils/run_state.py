@@ -21,13 +21,16 @@ NOT_OF_THE_RESULT = {"checkpoint", "checkpoint_every", "evaluate", "firing_rate"
 
 
 class RunState:
-    """`epoch` counts the whole epochs done; `best` is the best test accuracy of the first `best_epoch` of them, in percent."""
+    """`epoch` counts the whole epochs done; `best` is the best test accuracy of the first `best_epoch` of them, in percent.
+
+    `source_is_best` says whether the checkpoint that it was restored from is that of its best epoch.
+    """
 
     def __init__(self, network: nn.Module, args: Namespace):
         self.network, self.args, self.optimizer = network, args, make_optimizer(network, args)
         self.epoch, self.accuracy, self.best, self.best_epoch = 0, 0.0, 0.0, 0
         self.rows: List[List[float]] = []
-        self.partial = EpochState()
+        self.partial, self.source_is_best = EpochState(), False
         self._random_state: Optional[Dict[str, Any]] = None
 
     @property
@@ -48,9 +51,11 @@ class RunState:
             log = path.with_name("log.txt")
             self.rows = read_log(log)[:self.epoch] if log.exists() else []
         self.partial, self._random_state = checkpoint.partial or EpochState(), checkpoint.random_state
+        self.source_is_best = self.ended_best
 
     def start_at(self, epoch: int) -> None:
         self.epoch, self.partial, self.rows = epoch, EpochState(), self.rows[:epoch]
+        self.source_is_best = False
         if self.best_epoch > epoch:  # It is to be run again.
             self.best, self.best_epoch = 0.0, 0
             for before, row in enumerate(self.rows):

@@ -61,8 +61,8 @@ def find_arguments(path: Path, experiment: Optional[str], changes: Dict[str, Any
 
 def _named(experiment: str) -> Recipe:
     try:
-        return importlib.import_module(experiment.removesuffix(".py").replace("/", ".")).RECIPE
-    except (ImportError, AttributeError) as error:
+        return importlib.import_module(".".join(Path(experiment.removesuffix(".py")).parts)).RECIPE
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--experiment {experiment}: there is no training script of this name; "
                         f"name one such as {EXPERIMENTS[0]}, in the current folder") from error
 

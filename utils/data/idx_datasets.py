@@ -76,9 +76,11 @@ def _read_split(folder: Path, split: str) -> Tuple[Tensor, Tensor]:
     if images.shape[1:] != (28, 28) or len(images) == 0:
         raise UserError(f"{images_path}: holds {len(images)} images of {images.shape[1]} × {images.shape[2]}, not of 28 × 28")
     if len(images) != len(labels):
-        raise UserError(f"{labels_path}: holds {len(labels)} labels for {len(images)} images; delete both and fetch them again with `make data`")
+        raise UserError(f"{labels_path}: holds {len(labels)} labels for {len(images)} images; delete both files and fetch them again with "
+                        "`make data`")
     if labels.max() > 9:
-        raise UserError(f"{labels_path}: holds the label {labels.max()}, where 0 to 9 are meant; delete it and fetch it again with `make data`")
+        raise UserError(f"{labels_path}: holds the label {labels.max()}, where 0 to 9 are meant; delete the file and fetch it again with "
+                        "`make data`")
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.copy()).long()
 
 
