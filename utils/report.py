@@ -188,8 +188,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--leaky", type=real(), help="leak λ (default: the run's)")
     parser.add_argument("--vth", type=real(above=0), help="threshold V_th (default: the run's)")
     parser.add_argument("--test-limit", type=whole(1), default=1000, metavar="N", help="test on the first N samples (default: 1000)")
-    parser.add_argument("--samples", type=whole(1), default=64, metavar="N",
-                        help="samples for equilibrium, solvers and gradient (default: 64)")
+    parser.add_argument("--samples", type=whole(2), default=64, metavar="N",
+                        help="samples, two at least, for equilibrium, solvers and gradient (default: 64)")
     parser.add_argument("--time-step-sweep", type=whole(1), nargs="+", default=list(SWEEP), metavar="T",
                         help=f"numbers of time steps to classify after (default: {' '.join(map(str, SWEEP))})")
     parser.add_argument("--check-gradient", action="store_true", help="compare the implicit gradient with a float64 reference")
