@@ -47,7 +47,7 @@ def _add_data_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     # Users of the published code write cifar10, the paper CIFAR-10; both are meant.
     group.add_argument("-d", "--dataset", type=lambda text: text.lower().replace("-", ""), choices=list(recipe.datasets),
                        default=next(iter(recipe.datasets)), help="data set; it decides the number of classes")
-    group.add_argument("--path", type=place, default="./data", 
+    group.add_argument("--path", type=place, default="./data",
                        help="folder of the data set; fetched there if it is missing and can be had (data/README.md)")
     group.add_argument("-j", "--workers", type=whole(0), default=4,
                        help="accepted for the published command lines and unused: data is kept in memory, ready to use")
