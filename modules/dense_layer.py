@@ -38,8 +38,11 @@ def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor
     weight, w, (batch, inputs) = linear.weight, feedback.w, x.shape
     units = len(weight)
     fitting = weight.shape == (units, inputs) and w.shape == (units, units)
+    vectors = linear.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, feedback.u, feedback.v
+    fitting = (fitting and feedback.g.shape == () and feedback.g.dtype == torch.float32 and norm.num_batches_tracked is not None
+               and all(vector.shape == (units,) and vector.dtype == torch.float32 and vector.is_contiguous() for vector in vectors))
     return (fitting and batch > 1 and not x.requires_grad and weight.is_contiguous() and w.is_contiguous()
-            and all(map(native.serves, (x, weight, norm.weight, norm.bias, w)))
+            and all(map(native.serves, (x, weight, w)))
             and all(mask is None or native.serves(mask) and mask.shape == (batch, units) for mask in (masks.input, masks.feedback)))
 
 
@@ -62,7 +65,7 @@ def run(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor, m
         return None
     rate, mapped, gain = results[:3]
     memory = x, given, results, vectors, numbers
-    mapped = _Gradient.apply(mapped, layer, memory, *parameters)
+    mapped = _Gradient.apply(mapped, layer, memory, x, *parameters)
     return Pass(rate, mapped, _Jacobian(Link(feedback.map, feedback.w, (units,), gain), layer, memory))
 
 
@@ -74,6 +77,7 @@ class _Jacobian(TransposedJacobian):
         self._layer, self._memory = layer, memory
 
     def _solve_layer(self, gradient: Tensor, tol: float, max_iterations: int) -> Tuple[Tensor, float, float]:
+        _check_place(self._layer.w, self.links[0].weight)
         return native.layer_solve(self._layer, gradient, tol, max_iterations, Anderson.regularisation)
 
 
@@ -81,14 +85,23 @@ class _Gradient(torch.autograd.Function):
     """`mapped` with its gradient in the parameters. `memory` is what the struct points to beside them."""
 
     @staticmethod
-    def forward(ctx, mapped, layer, memory, *parameters):
+    def forward(ctx, mapped, layer, memory, x, *parameters):
         ctx.layer, ctx.memory = layer, memory
-        ctx.save_for_backward(*parameters)  # It is an error if they have changed by then.
+        ctx.save_for_backward(x, *parameters)  # It is an error if they have changed by then.
         return mapped.view_as(mapped)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, v):
-        gradients = [torch.empty_like(parameter) for parameter in ctx.saved_tensors]
+        _, weight, _, gamma, _, w, g = ctx.saved_tensors
+        for place, parameter in zip((ctx.layer.weight, ctx.layer.gamma, ctx.layer.w, ctx.layer.g), (weight, gamma, w, g)):
+            _check_place(place, parameter)
+        gradients = [torch.empty_like(parameter) for parameter in ctx.saved_tensors[1:]]
         native.layer_backward(ctx.layer, v.contiguous(), gradients)
-        return (None, None, None, *gradients)
+        return (None, None, None, None, *gradients)
+
+
+def _check_place(place: int, parameter: Tensor) -> None:
+    """Raises RuntimeError where the parameter has been given other memory, by way of `.data`, than at the forward pass."""
+    if parameter.data_ptr() != place:
+        raise RuntimeError("a parameter has been given other memory between the forward pass and the backward one, which needs the old")

@@ -95,7 +95,8 @@ class FeedbackSNN(nn.Module):
                 return passed
         weight, mean_input = self.feedback.normalised_weight(), self._mean_input(x)
         with self._rounded_products(x):
-            current = kernel_layout(self.input(mean_input, masks.input))  # f's convolutions are faster channels last, on every device.
+            # The membrane has the weights' dtype, whatever the input's; f's convolutions are faster channels last, on every device.
+            current = kernel_layout(self.input(mean_input, masks.input).to(weight.dtype))
             if self._unrolled:
                 return Pass(self._unroll(x, mean_input, current, weight, masks, observe))
             rate, feedback = self._simulated(x, mean_input, current.detach(), weight.detach(), masks, observe)
@@ -189,6 +190,9 @@ class FeedbackSNN(nn.Module):
     def _loop(self, x: Tensor, mean_input: Tensor, current: Tensor, weight: Tensor,
               masks: Masks) -> Tuple[Loop, "StaticInput | EventInput"]:
         """What the simulation takes, its connections frozen for this pass."""
+        if current.shape[1:] != self.layer_shapes[0]:
+            raise ValueError(f"the input connection gives {tuple(current.shape[1:])} and the first layer is {tuple(self.layer_shapes[0])}: "
+                             "parts of another size make another network")
         source = StaticInput(current)
         if self.events:
             frozen = self.input.frozen(self.input_shape, statistics_of=mean_input if self.input.norm.training else None)

@@ -48,7 +48,7 @@ class Synapses:
         self.map, self.bias, self.input_shape = map, bias, input_shape
         wanted = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (filters, bias, scale))
         self.native = native.serves(filters) and not wanted
-        self._filters, self._scale = filters, scale
+        self._filters, self._scale, self.dtype = filters, scale, filters.dtype
         self._events: Optional[EventMap] = None
 
     def __call__(self, spikes: Tensor) -> Tensor:
@@ -237,12 +237,13 @@ class EventInput:
 
     def __init__(self, x: Tensor, synapses: Synapses, mask: Optional[Tensor], rate: Optional[float] = None):
         self.x, self.synapses, self.mask = x, synapses, mask
-        self.rate = x.count_nonzero().item() / x.numel() if rate is None and synapses.native else rate
+        self.native = synapses.native and native.serves(x) and not (torch.is_grad_enabled() and x.requires_grad)
+        self.rate = x.count_nonzero().item() / x.numel() if rate is None and self.native else rate
 
     def at(self, t: int) -> Tensor:
-        events = self.synapses.event_driven(self.rate) if self.synapses.native else None
+        events = self.synapses.event_driven(self.rate) if self.native else None
         current = self.synapses(self.x[t]) if events is None else native.product(events, kernel_layout(self.x[t]))
-        current = kernel_layout(current.to(self.x.dtype))
+        current = kernel_layout(current.to(self.synapses.dtype))
         return current if self.mask is None else current.mul_(self.mask)
 
     def part(self, samples: slice) -> "EventInput":

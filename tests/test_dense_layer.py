@@ -180,3 +180,45 @@ def test_masks_and_weights_that_do_not_fit_are_left_to_pytorch(monkeypatch):
     network.input.linear = nn.Linear(23, 39)
     with pytest.raises((RuntimeError, ValueError), match="size|shape|match|dimension|running_mean"):
         network(x)
+
+
+def of_float64(network):
+    network.feedback.g = nn.Parameter(network.feedback.g.detach().double())
+
+
+def expanded(network):
+    network.input.norm.weight = nn.Parameter(torch.ones(1).expand(40))
+
+
+def uncounted(network):
+    network.input.norm.num_batches_tracked = None
+
+
+@pytest.mark.parametrize("change", [of_float64, expanded, uncounted])
+def test_vectors_that_the_kernels_cannot_read_go_to_pytorch(change, monkeypatch):
+    network, x = network_and_input()
+    change(network)
+    monkeypatch.setattr(native, "layer_forward", lambda layer: pytest.fail("a kernel was called"))
+    network(x).square().sum().backward()
+    assert network.feedback.w.grad.norm() > 0
+
+
+def test_singular_vectors_of_another_size_are_an_error():
+    network, x = network_and_input()
+    network.feedback.u = torch.randn(3)
+    with pytest.raises(RuntimeError):
+        for _ in range(20):
+            network(x)
+
+
+@pytest.mark.parametrize("change", ["input", "parameters"])
+def test_what_the_backward_pass_needs_may_not_have_changed(change):
+    network, x = network_and_input()
+    loss = network(x).square().sum()
+    if change == "input":
+        x.zero_()
+    else:
+        for parameter in network.parameters():
+            parameter.data = parameter.data.clone()
+    with pytest.raises(RuntimeError, match="inplace operation|other memory"):
+        loss.backward()

@@ -9,6 +9,8 @@ from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 
 from modules import native
+from modules.bptt import SURROGATES
+from modules.connection import Connection
 from modules.dropout import dropout_mask, masked, random_draws
 from modules.event_driven import event_map, kernel_layout
 from modules.feedback import Feedback
@@ -323,3 +325,42 @@ def test_layer_solve_that_does_not_converge_is_counted():
     assert broken.tally.not_converged == 1
     zero = BackwardSolver()
     assert zero(product, torch.zeros(4, 30)).eq(0).all() and zero.tally.not_converged == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_input_under_an_autocast(kind, training, monkeypatch):
+    network, x = small_network(kind)
+    network, x, logits = network.float().train(training), x.to(torch.bfloat16), []
+    for fast in (True, False):
+        own = copy.deepcopy(network)
+        if not fast:
+            monkeypatch.setattr(native, "serves", lambda tensor: False)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits.append(own(x).float())
+    assert (logits[0] - logits[1]).norm() <= 0.2 * logits[1].norm()  # A rounding may move a spike.
+
+
+def test_an_input_connection_of_another_size_is_an_error():
+    network, x = small_network("convolutional")
+    network, x = network.float().eval(), x.float()
+    wanted = network.input.linear
+    narrower = nn.Conv2d(wanted.in_channels, wanted.out_channels - 1, wanted.kernel_size, wanted.stride, wanted.padding)
+    network.input = Connection(narrower).eval()
+    with pytest.raises(ValueError, match="make another network"):
+        network(x)
+
+
+def test_the_gradient_in_events_through_a_frozen_connection(monkeypatch):
+    network, x = small_network("events")
+    network, gradients = network.float().eval(), []
+    network.surrogate = SURROGATES["sigmoid"]
+    network.input.requires_grad_(False)
+    for fast in (True, False):
+        if not fast:
+            monkeypatch.setattr(native, "serves", lambda tensor: False)
+        own = x.float().requires_grad_()
+        network(own).square().sum().backward()
+        gradients.append(own.grad)
+    assert gradients[1].norm() > 0
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
