@@ -105,13 +105,17 @@ class Connection(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether kernels can stand for it: nobody has put another class or size in a part's place, hooked into one or taken one away."""
+        """Whether kernels can stand for it: nobody has put another class, size, type or layout in a part's place, hooked into one or taken
+        one away."""
         linear, norm = self.linear, self.norm
         if type(self) is not Connection or type(linear) not in (nn.Linear, nn.Conv2d) or type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
             return False
-        size, vectors = linear.weight.shape[:1], (linear.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        return (norm.track_running_stats and norm.momentum is not None and not any(map(has_hooks, (self, linear, norm)))
-                and all(vector is not None and vector.shape == size for vector in vectors))
+        size, dtype = linear.weight.shape[:1], linear.weight.dtype
+        for vector in (linear.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            if vector is None or vector.shape != size or vector.dtype != dtype or not vector.is_contiguous():
+                return False
+        return (norm.track_running_stats and norm.momentum is not None and norm.num_batches_tracked is not None
+                and not any(map(has_hooks, (self, linear, norm))))
 
     @property
     def _synchronised(self) -> bool:

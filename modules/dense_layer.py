@@ -38,11 +38,10 @@ def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor
     weight, w, (batch, inputs) = linear.weight, feedback.w, x.shape
     units = len(weight)
     fitting = weight.shape == (units, inputs) and w.shape == (units, units)
-    vectors = linear.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, feedback.u, feedback.v
-    fitting = (fitting and feedback.g.shape == () and feedback.g.dtype == torch.float32 and norm.num_batches_tracked is not None
-               and all(vector.shape == (units,) and vector.dtype == torch.float32 and vector.is_contiguous() for vector in vectors))
-    return (fitting and batch > 1 and not x.requires_grad and weight.is_contiguous() and w.is_contiguous()
-            and all(map(native.serves, (x, weight, w)))
+    for vector in (feedback.u, feedback.v):
+        fitting = fitting and vector.shape == (units,) and vector.is_contiguous()
+    return (fitting and feedback.g.shape == () and batch > 1 and not x.requires_grad and weight.is_contiguous() and w.is_contiguous()
+            and all(map(native.serves, (x, weight, w, feedback.u, feedback.v, feedback.g)))
             and all(mask is None or native.serves(mask) and mask.shape == (batch, units) for mask in (masks.input, masks.feedback)))
 
 

@@ -139,8 +139,12 @@ def test_statistics_of_values_far_from_zero():
     lambda network: [setattr(connection.norm, "bias", None) for connection in network.hidden],
     lambda network: [setattr(connection.norm, "track_running_stats", False) for connection in network.hidden],
     lambda network: [setattr(connection.norm, "weight", nn.Parameter(torch.ones(1))) for connection in network.hidden],
+    lambda network: [setattr(connection.norm, "weight", nn.Parameter(torch.ones(1).expand_as(connection.norm.weight)))
+                     for connection in network.hidden],
+    lambda network: [setattr(connection.norm, "num_batches_tracked", None) for connection in network.hidden],
 ], ids=["evaluation", "frozen batch norms", "float64", "synchronised batch norms", "neuron", "momentum", "another norm", "bfloat16",
-        "hooks", "no bias in the batch norm", "no running statistics", "a weight that does not fit"])
+        "hooks", "no bias in the batch norm", "no running statistics", "a weight that does not fit", "an expanded weight",
+        "batches that are not counted"])
 def test_what_it_does_not_know_runs_module_by_module(change, monkeypatch):
     network, x = network_and_input(dropout=0.0)
     change(network)
