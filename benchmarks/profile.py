@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.steps import CASES, GPU_CASES, NETWORKS, WARM_STEPS, build, load_images
 from utils.data.batches import Batches
-from utils.device import set_precision
+from utils.device import set_precision, working_on
 from utils.optimizer import SGD
 
 STEPS = 3
@@ -29,6 +29,11 @@ def main() -> None:
     parser.add_argument("--path", default="./data", help="folder of the data sets")
     parser.add_argument("--rows", type=int, default=20, help="operations to list")
     args = parser.parse_args()
+    with working_on(torch.device(args.device)):
+        profile_steps(args)
+
+
+def profile_steps(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     case = next(case for case in (GPU_CASES if args.device == "cuda" else CASES) if case.network == args.network)
     network = build(case).to(args.device)

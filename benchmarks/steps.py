@@ -29,7 +29,7 @@ from modules.zoo import alexnet_f, f64c5_mnist, f400
 from utils.checkpoint import load_checkpoint
 from utils.data.batches import Batches
 from utils.data.datasets import load_cifar, load_fashion_mnist, load_mnist
-from utils.device import set_precision
+from utils.device import set_precision, working_on
 from utils.instruments.firing_rate import FiringRates
 from utils.optimizer import SGD
 
@@ -113,11 +113,16 @@ class Project(Side):
     sgd = SGD
 
     def __init__(self, case: Case, device: str, batch_file: str, weights: str):
-        super().__init__(case, device, batch_file)
-        self.network = build(case)
-        self.network.bf16_products = self._choose_precision()
-        self.network.load_state_dict(torch.load(weights))
-        self.start()
+        with working_on(torch.device(device)):
+            super().__init__(case, device, batch_file)
+            self.network = build(case)
+            self.network.bf16_products = self._choose_precision()
+            self.network.load_state_dict(torch.load(weights))
+            self.start()
+
+    def time(self) -> float:
+        with working_on(self.device):
+            return super().time()
 
     def facts(self) -> Dict[str, float]:
         """Multiply-adds of the batch, done densely, and the firing rate."""

@@ -1,4 +1,4 @@
-"""Two contestants that take turns: on a CPU in processes of their own, so that each has its own memory, on a GPU in this one."""
+"""Two contestants that take turns, in processes of their own, so that each has its own memory."""
 
 import gc
 import multiprocessing
@@ -6,18 +6,21 @@ import resource
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Dict, Sequence
 
 import torch
 
 
 class Worker:
-    """An object made by `factory(*args)` in a fresh process; `call` runs its methods there and returns what they return."""
+    """An object made by `factory(*args)` in a fresh process; `call` runs its methods there and returns what they return.
 
-    def __init__(self, factory: Callable[..., Any], *args: Any):
+    A `daemon` can have no processes of its own, and ends with this one.
+    """
+
+    def __init__(self, factory: Callable[..., Any], *args: Any, daemon: bool = False):
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, factory, args), daemon=False)
+        self._process = context.Process(target=_serve, args=(other, factory, args), daemon=daemon)
         self._process.start()
         other.close()
         self._answer()
@@ -44,13 +47,30 @@ class Worker:
 
 
 class OnGpu:
-    """As Worker, in this process; `close` returns the GPU memory in MB that the target's making and its first call had PyTorch reserve.
+    """As Worker, in a process that all contestants of this factory share, one after the other: each start there takes seconds.
 
-    That includes cuBLAS's workspaces, which those before it have to give back. Captured graphs don't survive that: a contestant that has
-    some is the last one to be made.
+    `close` returns the GPU memory in MB that the target's making and its first call had PyTorch reserve, cuBLAS's workspaces included.
     """
 
+    _hosts: Dict[Callable[..., Any], Worker] = {}
+
     def __init__(self, factory: Callable[..., Any], *args: Any):
+        if factory not in self._hosts:
+            self._hosts[factory] = Worker(_Host, daemon=True)
+        self._host = self._hosts[factory]
+        self._host.call("take", factory, args)
+
+    def call(self, method: str, *args: Any) -> Any:
+        return self._host.call("call", method, args)
+
+    def close(self) -> float:
+        return self._host.call("let_go")
+
+
+class _Host:
+    """Holds one target at a time, and tells what it had reserved."""
+
+    def take(self, factory: Callable[..., Any], args: Sequence[Any]) -> None:
         gc.collect()
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
@@ -58,12 +78,12 @@ class OnGpu:
         torch.cuda.reset_peak_memory_stats()
         self._target = factory(*args)
 
-    def call(self, method: str, *args: Any) -> Any:
+    def call(self, method: str, args: Sequence[Any]) -> Any:
         answer = getattr(self._target, method)(*args)
         self._peak = self._peak or torch.cuda.max_memory_reserved() - self._before
         return answer
 
-    def close(self) -> float:
+    def let_go(self) -> float:
         self._target = None
         return (self._peak or 0) / 2**20
 

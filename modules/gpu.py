@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 OLDEST = (8, 0)  # compute capability for which the kernels are made
+SMALLEST_BLOCK = 10 * 2**20  # bytes, of those that PyTorch's allocator takes in the size that is asked for
 
 
 def serves_graphs(tensor: Tensor) -> bool:
@@ -95,9 +96,10 @@ def capturing(pool: Any) -> Iterator["torch.cuda.CUDAGraph"]:
 def take_at_once(size: int) -> None:
     """Have the allocator take `size` bytes in one block, for the current stream or capture, and cut what follows from that.
 
-    Blocks of their own are never joined again, and what is needed later is often larger than what has been freed.
+    Blocks of their own are never joined again, and what is needed later is often larger than what has been freed. Less than SMALLEST_BLOCK
+    is never taken: the allocator would take twice as much.
     """
-    torch.empty(size, dtype=torch.uint8, device="cuda")
+    torch.empty(max(size, SMALLEST_BLOCK), dtype=torch.uint8, device="cuda")
 
 
 def not_captured(what: str, error: RuntimeError) -> None:

@@ -149,7 +149,8 @@ class _Graph:
         return torch.func.functional_call(_Pass(network), self._aliases, (self.x, self.seeds))
 
     def _gradients(self, mapped: Tensor, v: Tensor, retain_graph: bool = False) -> List[Optional[Tensor]]:
-        return torch.autograd.grad(mapped, list(self._aliases.values()), v, retain_graph, allow_unused=True)
+        with torch.autograd.set_multithreading_enabled(False):  # cuBLAS takes a workspace for each thread, too.
+            return torch.autograd.grad(mapped, list(self._aliases.values()), v, retain_graph, allow_unused=True)
 
     def _joint_gradients(self) -> Tuple[Tensor, List[bool]]:
         """Those for v one after the other, and which parameters have none."""

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # On an H200 cuDNN's float32 convolutions of stride 1 take up to 1.5 GB for themselves. Transposed ones of 64 samples take about as long and
-# a tenth of that; of few channels either form takes less time for all samples at once.
-SAMPLES_AT_ONCE, FEW_CHANNELS = 64, 96
+# a tenth of that. Of few channels either form takes less time for all samples at once; with kernels of more than 3 by 3, convolutions of
+# values that lie channel by channel then take little. With autograd, which would keep another form of each call's weight, parts of the batch
+# halve what a gradient in the weight takes.
+SAMPLES_AT_ONCE, FEW_CHANNELS, SMALL_KERNEL = 64, 96, 3
 
 
 class LinearMap(NamedTuple):
@@ -36,27 +38,44 @@ class LinearMap(NamedTuple):
     def __call__(self, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         if self.kind == "dense":
             return F.linear(x, weight, bias)
-        # Autograd would keep the transposed form of each call.
-        if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)) and self._is_better_in_parts(x, weight):
-            map, weight = self.transposed_form(weight)
-            parts = [F.conv_transpose2d(part, weight, bias, 1, map.padding) for part in x.split(SAMPLES_AT_ONCE)]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not self._needs_workspace(x):
+            return self._convolution(x, weight, bias)
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return self._in_parts(x, weight, bias)
+        return self._without_gradient(x, weight, bias)
+
+    def _without_gradient(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        kernel = weight.shape[2:]
+        if any(pad >= k for pad, k in zip(self.padding, kernel)):
+            return self._convolution(x, weight, bias)  # There is no other form.
+        if x.shape[1] > FEW_CHANNELS:
+            map, weight = self.in_form("transposed", weight)
+            return map._in_parts(x, weight, bias)
+        if min(kernel) <= SMALL_KERNEL:
+            return self._convolution(x, weight, bias)
+        map, weight = self.in_form("convolutional", weight)
+        return map._convolution(x.contiguous(), weight.contiguous(), bias).contiguous(memory_format=torch.channels_last)
+
+    def _in_parts(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        products = [self._convolution(part, weight, bias) for part in x.split(SAMPLES_AT_ONCE)]
+        return products[0] if len(products) == 1 else torch.cat(products)
+
+    def _convolution(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         if self.kind == "convolutional":
             return F.conv2d(x, weight, bias, self.stride, self.padding)
         return F.conv_transpose2d(x, weight, bias, self.stride, self.padding, self.output_padding)
 
-    def _is_better_in_parts(self, x: Tensor, weight: Tensor) -> bool:
-        if not x.is_cuda or x.dtype != torch.float32 or torch.backends.cudnn.allow_tf32 or torch.is_autocast_enabled("cuda"):
-            return False
-        padded_by_less = all(pad < k for pad, k in zip(self.padding, weight.shape[2:]))
-        return self.stride == (1, 1) and x.shape[1] > FEW_CHANNELS and padded_by_less
+    def _needs_workspace(self, x: Tensor) -> bool:
+        """Whether cuDNN computes the map in float32 and with a stride of 1."""
+        return (x.is_cuda and x.dtype == torch.float32 and self.stride == (1, 1) and not torch.backends.cudnn.allow_tf32
+                and not torch.is_autocast_enabled("cuda"))
 
-    def transposed_form(self, weight: Tensor) -> Tuple["LinearMap", Tensor]:
-        """A convolution of stride 1, transposed or not, as a transposed one, with its weight."""
-        if self.kind == "transposed":
+    def in_form(self, kind: str, weight: Tensor) -> Tuple["LinearMap", Tensor]:
+        """A convolution of stride 1, transposed or not, as one of that kind, with its weight."""
+        if self.kind == kind:
             return self, weight
         padding = tuple(k - 1 - pad for k, pad in zip(weight.shape[2:], self.padding))
-        return LinearMap("transposed", self.stride, padding), weight.transpose(0, 1).flip(2, 3)
+        return LinearMap(kind, self.stride, padding), weight.transpose(0, 1).flip(2, 3)
 
     def adjoint(self, v: Tensor, weight: Tensor, input_shape: Sequence[int]) -> Tensor:
         """Wᵀ v, from (batch, *output shape) to (batch, *input_shape)."""

@@ -1,5 +1,6 @@
 """Passes on a CUDA device against the CPU's."""
 
+import contextlib
 import copy
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 from tests.marks import needs_cuda
 from tests.networks import KINDS, explicit_masks, small_network
+from utils.device import working_on
 
 
 @needs_cuda
@@ -33,3 +35,24 @@ def test_a_training_step_equals_the_cpus(kind, leak):
         largest = max(gradient.norm() for gradient in gradients.values())
         for name, gradient in gradients.items():
             assert (gpu_gradients[name] - gradient).norm() <= 1e-3 * largest, name
+
+
+@needs_cuda
+def test_training_in_the_stream_of_the_captures_gives_the_same_gradients():
+    """Within it, graphs are captured where the passes are, and cuBLAS has one workspace; afterwards all is as before."""
+    outside, results = torch.cuda.current_stream(), []
+    original, x = small_network(KINDS[-1], 0.9, tol=1e-6, max_iterations=100)
+    x = x.float().cuda()
+    for context in (contextlib.nullcontext(), working_on(torch.device("cuda"))):
+        network = copy.deepcopy(original).float().cuda()
+        with context:
+            for scale in (1.0, 0.8):
+                network.zero_grad()
+                network(x * scale).square().sum().backward()
+                results.append([parameter.grad.cpu() for parameter in network.parameters()])
+            assert all(network._graphed._captured.values()) and len(network._graphed._captured) == 1
+        torch.cuda.synchronize()
+        assert torch.cuda.current_stream() == outside
+    for first, second in zip(results[:2], results[2:]):
+        for own, other in zip(first, second):
+            torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)

@@ -1,5 +1,6 @@
 """Losses and weights that are not finite, distance from equilibrium, warnings, and the same numbers in every run."""
 
+import os
 import re
 
 import pytest
@@ -84,12 +85,14 @@ def test_warnings_of_numbers_that_mislead(train):
     assert "backward solves did not" not in out and "away from the equilibrium" not in out
 
 
-def test_deterministic_runs_are_the_same(train, tmp_path):
+def test_deterministic_runs_are_the_same(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     for name in ("one", "other"):
         torch.rand(3)
         status, out, err = command("--path", tmp_path / "data", "-c", tmp_path / name, "--deterministic", "--epochs", 1,
                                    "--train-limit", 40, "--device", "cpu")
         assert status == 0 and "seed 0\n" in out and torch.are_deterministic_algorithms_enabled(), err
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # PyTorch refuses others.
     assert_same(tmp_path / "one", tmp_path / "other")
     train("third", "--epochs", 1)
     assert not torch.are_deterministic_algorithms_enabled()

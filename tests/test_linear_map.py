@@ -1,10 +1,10 @@
-"""Convolutions of stride 1 as transposed ones, in parts of the batch, against PyTorch's."""
+"""Convolutions of stride 1 in parts of the batch, as transposed ones where no gradient is wanted, against PyTorch's."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from modules.linear_map import FEW_CHANNELS, SAMPLES_AT_ONCE, LinearMap
+from modules.linear_map import FEW_CHANNELS, SAMPLES_AT_ONCE, SMALL_KERNEL, LinearMap
 from tests.marks import needs_cuda
 
 MAPS = [("convolutional", 3, (1, 1)), ("convolutional", 5, (0, 3)), ("convolutional", 1, (0, 0)), ("transposed", 3, (1, 1)),
@@ -19,23 +19,72 @@ def by_pytorch(kind, x, weight, bias, padding):
     return (F.conv_transpose2d if kind == "transposed" else F.conv2d)(x, weight, bias, padding=padding)
 
 
+def recorded(function, name, computed):
+    def compute(x, *others, **settings):
+        computed.append((name, len(x)))
+        return function(x, *others, **settings)
+    return compute
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """What is computed by which of PyTorch's convolutions, and for how many samples, where cuDNN would need much memory."""
+    computed = []
+    for name in ("conv2d", "conv_transpose2d"):
+        monkeypatch.setattr(F, name, recorded(getattr(F, name), name, computed))
+    monkeypatch.setattr(LinearMap, "_needs_workspace", lambda *_: True)
+    return computed
+
+
 @pytest.mark.parametrize("kind, kernel, padding", MAPS)
 @pytest.mark.parametrize("batch", [3, SAMPLES_AT_ONCE + 6])
-def test_transposed_form_in_parts(kind, kernel, padding, batch, monkeypatch):
-    x, weight, bias = torch.randn(batch, 2, 6, 7).double(), weight_of(kind, 2, 3, kernel).double(), torch.randn(3).double()
-    expected, parts, transposed = by_pytorch(kind, x, weight, bias, padding), [], F.conv_transpose2d
-    monkeypatch.setattr(LinearMap, "_is_better_in_parts", lambda *_: True)
-    monkeypatch.setattr(F, "conv_transpose2d", lambda x, *others: parts.append(len(x)) or transposed(x, *others))
+def test_transposed_form_in_parts(kind, kernel, padding, batch, products):
+    channels = FEW_CHANNELS + 1
+    x, weight, bias = torch.randn(batch, channels, 6, 7).double(), weight_of(kind, channels, 3, kernel).double(), torch.randn(3).double()
+    expected = by_pytorch(kind, x, weight, bias, padding)
+    products.clear()
     torch.testing.assert_close(LinearMap(kind, (1, 1), padding)(x, weight, bias), expected)
-    assert parts == [3] if batch == 3 else parts == [SAMPLES_AT_ONCE, 6]
+    assert products == [("conv_transpose2d", size) for size in ([3] if batch == 3 else [SAMPLES_AT_ONCE, 6])]
+
+
+@pytest.mark.parametrize("kind", ["convolutional", "transposed"])
+@pytest.mark.parametrize("channels", [2, FEW_CHANNELS + 1])
+def test_gradients_of_parts(kind, channels, products):
+    """In the input and the weight, of a convolution that stays what it is."""
+    x, weight = torch.randn(SAMPLES_AT_ONCE + 6, channels, 6, 7).double(), weight_of(kind, channels, 3, 3).double()
+    x.requires_grad_(), weight.requires_grad_()
+    expected = by_pytorch(kind, x, weight, None, (1, 1))
+    v = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, (x, weight), v)
+    products.clear()
+    product = LinearMap(kind, (1, 1), (1, 1))(x, weight)
+    torch.testing.assert_close(product, expected)
+    torch.testing.assert_close(torch.autograd.grad(product, (x, weight), v), expected_gradients)
+    own = "conv2d" if kind == "convolutional" else "conv_transpose2d"
+    assert products == [(own, SAMPLES_AT_ONCE), (own, 6)]
+
+
+@pytest.mark.parametrize("kind, kernel, padding", [*MAPS, ("transposed", 5, (2, 2)), ("convolutional", 5, (2, 2))])
+def test_few_channels_stay_whole_without_a_gradient(kind, kernel, padding, products):
+    x, weight = torch.randn(SAMPLES_AT_ONCE + 6, FEW_CHANNELS, 6, 7).double(), weight_of(kind, FEW_CHANNELS, 3, kernel).double()
+    bias = torch.randn(3).double()
+    expected = by_pytorch(kind, x, weight, bias, padding)
+    products.clear()
+    x, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (x, weight))
+    product = LinearMap(kind, (1, 1), padding)(x, weight, bias)
+    torch.testing.assert_close(product, expected)
+    assert product.is_contiguous(memory_format=torch.channels_last)
+    form = "conv2d" if kernel > SMALL_KERNEL or kind == "convolutional" else "conv_transpose2d"
+    assert products == [(form, SAMPLES_AT_ONCE + 6)]
 
 
 def test_autograd_keeps_no_other_form_of_the_weight(monkeypatch):
     """Which is one of each time step in back-propagation through time."""
-    monkeypatch.setattr(LinearMap, "_is_better_in_parts", lambda *_: True)
-    map, weight, kept = LinearMap("convolutional", (1, 1), (1, 1)), torch.randn(3, 2, 3, 3), []
+    monkeypatch.setattr(LinearMap, "_needs_workspace", lambda *_: True)
+    channels = FEW_CHANNELS + 1
+    map, weight, kept = LinearMap("convolutional", (1, 1), (1, 1)), torch.randn(3, channels, 3, 3), []
     for wanted in ((True, False), (False, True)):
-        x, own = torch.randn(4, 2, 5, 5).requires_grad_(wanted[0]), weight.clone().requires_grad_(wanted[1])
+        x, own = torch.randn(4, channels, 5, 5).requires_grad_(wanted[0]), weight.clone().requires_grad_(wanted[1])
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda kept: None):
             map(x, own)
     assert weight.shape in kept and weight.transpose(0, 1).shape not in kept
@@ -43,12 +92,12 @@ def test_autograd_keeps_no_other_form_of_the_weight(monkeypatch):
 
 @needs_cuda
 @pytest.mark.parametrize("kind, kernel, padding", [*MAPS, ("convolutional", 1, (1, 1))])
-def test_float32_convolutions_on_a_gpu(kind, kernel, padding, monkeypatch):
+@pytest.mark.parametrize("channels", [FEW_CHANNELS, FEW_CHANNELS + 4])
+def test_float32_convolutions_on_a_gpu(kind, kernel, padding, channels, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    x, weight = torch.randn(SAMPLES_AT_ONCE + 6, FEW_CHANNELS + 4, 6, 7), weight_of(kind, FEW_CHANNELS + 4, 8, kernel)
+    x, weight = torch.randn(SAMPLES_AT_ONCE + 6, channels, 6, 7), weight_of(kind, channels, 8, kernel)
     map, bias = LinearMap(kind, (1, 1), padding), torch.randn(8)
-    in_parts = map._is_better_in_parts(x.cuda(), weight.cuda())
-    assert in_parts == (padding != (1, 1) or kernel > 1) and not map._is_better_in_parts(x[:, :FEW_CHANNELS].cuda(), weight.cuda())
+    assert map._needs_workspace(x.cuda())
     expected = by_pytorch(kind, x.double(), weight.double(), bias.double(), padding)
     own = map(x.cuda().to(memory_format=torch.channels_last), weight.cuda(), bias.cuda())
     assert own.is_contiguous(memory_format=torch.channels_last)

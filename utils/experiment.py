@@ -18,7 +18,7 @@ from modules.synchronised_norm import synchronise_batch_norms
 from utils.arguments import parse_arguments
 from utils.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, restore_network
 from utils.data.batches import Batches, Samples
-from utils.device import choose_device, set_deterministic, set_precision
+from utils.device import choose_device, set_deterministic, set_precision, working_on
 from utils.errors import RunFailed, UserError
 from utils.files import failing_clearly
 from utils.fit import fit
@@ -46,7 +46,8 @@ def main(recipe: Recipe, argv: Optional[Sequence[str]] = None) -> None:
     try:
         with silent_unless_first(), Interruption.watched() as interruption:
             device = choose_device(args.device, args.gpu_id)
-            with joined(device, f"To go on from the last checkpoint, give the same command with --resume auto -c {args.checkpoint}"):
+            advice = f"To go on from the last checkpoint, give the same command with --resume auto -c {args.checkpoint}"
+            with joined(device, advice), working_on(device):
                 run(recipe, args, device, interruption)
     except (UserError, RunFailed) as error:
         if tells(error):
