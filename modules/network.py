@@ -13,6 +13,7 @@ from modules.dropout import draw_seeds, dropout_mask, masked
 from modules.event_driven import kernel_layout
 from modules.feedback import Feedback
 from modules.graphed import GraphedPasses
+from modules.hooks import renew_weights
 from modules.implicit import BackwardSolver, Pass
 from modules.jacobian import Link, TransposedJacobian
 from modules.neuron import Fire, Neuron, rate_weights
@@ -89,6 +90,7 @@ class FeedbackSNN(nn.Module):
 
         With a surrogate the rate itself carries the gradient then.
         """
+        renew_weights(self)
         if observe is None and self._is_one_dense_layer and dense_layer.serves(self.input, self.feedback, self.neuron, x, masks):
             passed = dense_layer.run(self.input, self.feedback, self.neuron, x, masks, self.time_steps)
             if passed is not None:
