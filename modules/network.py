@@ -88,9 +88,10 @@ class FeedbackSNN(nn.Module):
     def run(self, x: Tensor, masks: Masks, observe: Optional[Observer] = None) -> Pass:
         """Simulate T steps under the given dropout masks and, when gradients are enabled, evaluate what the gradient needs.
 
-        With a surrogate the rate itself carries the gradient then.
+        With a surrogate the rate itself carries the gradient then. Raises ValueError where a mask is of another shape.
         """
         renew_weights(self)
+        masks = self._ready(masks, x)
         if observe is None and self._is_one_dense_layer and dense_layer.serves(self.input, self.feedback, self.neuron, x, masks):
             passed = dense_layer.run(self.input, self.feedback, self.neuron, x, masks, self.time_steps)
             if passed is not None:
@@ -232,6 +233,19 @@ class FeedbackSNN(nn.Module):
         first, *others, last = [dropout_mask((self.batch_size(x), *shape), self.dropout, x, seed)
                                 for shape, seed in zip([*self.layer_shapes, self.layer_shapes[0]], seeds)]
         return Masks(first, others, last)
+
+    def _ready(self, masks: Masks, x: Tensor) -> Masks:
+        """In the dtype and the layout that kernels read. Raises ValueError where one is of another shape."""
+        def ready(mask: Optional[Tensor], shape: Sequence[int]) -> Optional[Tensor]:
+            if mask is None:
+                return None
+            shape = (self.batch_size(x), *shape)
+            if mask.shape != shape:
+                raise ValueError(f"a dropout mask of shape {shape} is wanted here, not {tuple(mask.shape)}")
+            return kernel_layout(mask.to(self.feedback.w.dtype))
+
+        first, *others = self.layer_shapes
+        return Masks(ready(masks.input, first), list(map(ready, masks.hidden, others)), ready(masks.feedback, first))
 
     def _check_input(self, x: Tensor) -> None:
         leading = 2 if self.events else 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modules.neuron import Neuron, NeuronState, make_neuron, neuron_step, rate_weights
+from modules.simulation import Masks
 from tests import naive
 from tests.networks import KINDS, explicit_masks, small_network
 
@@ -135,3 +136,19 @@ def test_bf16_products_leave_everything_else_in_float32(kind):
     assert logits.dtype == torch.float32 and {spikes.dtype for spikes in seen} == {torch.float32}
     assert all(parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() for parameter in rounded.parameters())
     assert 0 < (logits - exact).abs().max() < 1, "rounded, and by little"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_given_by_hand(kind):
+    """Of another type and layout they give the same; of another shape they are refused, as kernels would read beyond them."""
+    network, x = small_network(kind, 0.9, dropout=0.3)
+    network, x = network.float(), x.float()
+    masks, results = network.draw_masks(x), []
+    for change in (lambda mask: mask, lambda mask: mask.double().contiguous().transpose(0, 1).contiguous().transpose(0, 1)):
+        own, changed = copy.deepcopy(network), Masks(change(masks.input), list(map(change, masks.hidden)), change(masks.feedback))
+        rate = own.rate(x, changed)
+        results.append((rate.detach(), *torch.autograd.grad(rate.square().sum(), [own.feedback.w, own.input.linear.weight])))
+    for first, second in zip(*results):
+        assert torch.equal(first, second)
+    with pytest.raises(ValueError, match="mask of shape"):
+        network.rate(x, masks._replace(feedback=masks.feedback[:1]))
