@@ -1,5 +1,6 @@
 """Two contestants that take turns, in processes of their own, so that each has its own memory."""
 
+import atexit
 import gc
 import multiprocessing
 import resource
@@ -12,17 +13,15 @@ import torch
 
 
 class Worker:
-    """An object made by `factory(*args)` in a fresh process; `call` runs its methods there and returns what they return.
+    """An object made by `factory(*args)` in a fresh process; `call` runs its methods there and returns what they return."""
 
-    A `daemon` can have no processes of its own, and ends with this one.
-    """
-
-    def __init__(self, factory: Callable[..., Any], *args: Any, daemon: bool = False):
+    def __init__(self, factory: Callable[..., Any], *args: Any):
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, factory, args), daemon=daemon)
+        self._process = context.Process(target=_serve, args=(other, factory, args), daemon=False)
         self._process.start()
         other.close()
+        atexit.register(self._pipe.close)  # The process ends then, for which this one waits at its own end.
         self._answer()
 
     def call(self, method: str, *args: Any) -> Any:
@@ -56,7 +55,7 @@ class OnGpu:
 
     def __init__(self, factory: Callable[..., Any], *args: Any):
         if factory not in self._hosts:
-            self._hosts[factory] = Worker(_Host, daemon=True)
+            self._hosts[factory] = Worker(_Host)
         self._host = self._hosts[factory]
         self._host.call("take", factory, args)
 

@@ -91,16 +91,22 @@ class Connection(nn.Module):
         It normalises with the running statistics, or, where an input `statistics_of` is given, with the mean and biased
         variance of that input's linear part. No running statistic changes.
         """
-        mean, variance = self.norm.running_mean, self.norm.running_var
+        norm = self.norm
+        mean, variance = norm.running_mean, norm.running_var
         if statistics_of is not None:
             y = self.linear(statistics_of).to(statistics_of.dtype)
             if self._synchronised:
                 mean, variance = (statistic.to(y.dtype) for statistic in spread_statistics(y)[:2])
             else:
                 variance, mean = torch.var_mean(y, dim=[0, *range(2, y.dim())], correction=0)
+        elif mean is None:
+            raise ValueError("a simulation holds the batch norm at its running statistics, and there are none: build it with "
+                             "track_running_stats=True")
         # Folded in float64 and rounded once: a spike hangs on the last digits of a membrane potential.
-        scale = self.norm.weight.double() * torch.rsqrt(variance.double() + self.norm.eps)
-        bias = (self.linear.bias - mean) * scale + self.norm.bias
+        scale = torch.rsqrt(variance.double() + norm.eps)
+        scale = scale if norm.weight is None else scale * norm.weight.double()
+        bias = (self.linear.bias - mean) * scale
+        bias = bias if norm.bias is None else bias + norm.bias
         return Synapses(self.map, self.linear.weight, bias.to(mean.dtype), input_shape, scale)
 
     @property
@@ -114,7 +120,10 @@ class Connection(nn.Module):
         for vector in (linear.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var):
             if vector is None or vector.shape != size or vector.dtype != dtype or not vector.is_contiguous():
                 return False
-        return (norm.track_running_stats and norm.momentum is not None and norm.num_batches_tracked is not None
+        count = norm.num_batches_tracked
+        if count is None or count.shape != () or count.dtype != torch.int64 or count.device != linear.weight.device:
+            return False
+        return (norm.track_running_stats and norm.momentum is not None
                 and not any(map(has_hooks, (self, linear, norm))))
 
     @property

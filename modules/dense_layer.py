@@ -92,10 +92,11 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, v):
-        _, weight, _, gamma, _, w, g = ctx.saved_tensors
+        parameters = ctx.saved_tensors[1:]  # Read once: activation checkpointing gives them out no second time.
+        weight, _, gamma, _, w, g = parameters
         for place, parameter in zip((ctx.layer.weight, ctx.layer.gamma, ctx.layer.w, ctx.layer.g), (weight, gamma, w, g)):
             _check_place(place, parameter)
-        gradients = [torch.empty_like(parameter) for parameter in ctx.saved_tensors[1:]]
+        gradients = [torch.empty_like(parameter) for parameter in parameters]
         native.layer_backward(ctx.layer, v.contiguous(), gradients)
         return (None, None, None, None, *gradients)
 

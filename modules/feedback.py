@@ -20,7 +20,7 @@ def power_iteration(weight: Tensor, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """σ, u and v after one more iteration from u, v first: v = Wᵀu / ‖Wᵀu‖, σ = ‖W v‖ = uᵀ W v, u = W v / σ."""
     matrix = weight.flatten(1)
     if native.serves(matrix) and native.serves(u) and u.shape == matrix.shape[:1]:
-        return native.power_iteration(matrix.contiguous(), u)
+        return native.power_iteration(matrix.contiguous(), u.contiguous())
     v = u @ matrix
     v = v / torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
     product = matrix @ v

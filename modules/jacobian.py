@@ -31,7 +31,8 @@ class BatchNormDerivative(NamedTuple):
     """
 
     input: Tensor
-    norm: nn.Module
+    weight: Optional[Tensor]
+    eps: float
     mean: Tensor
     inverse_std: Tensor
     joint = False
@@ -40,11 +41,11 @@ class BatchNormDerivative(NamedTuple):
     def at(cls, input: Tensor, norm: nn.Module) -> Tuple[Tensor, "BatchNormDerivative"]:
         """The batch norm's output for `input` with the statistics of the batch, and its derivative there; no statistic is updated."""
         output, mean, inverse_std = torch.native_batch_norm(input, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
-        return output, cls(input, norm, mean, inverse_std)
+        return output, cls(input, None if norm.weight is None else norm.weight.detach(), norm.eps, mean, inverse_std)
 
     def __call__(self, q: Tensor) -> Tensor:
-        return torch.ops.aten.native_batch_norm_backward(q, self.input, self.norm.weight, None, None, self.mean, self.inverse_std, True,
-                                                         self.norm.eps, [True, False, False])[0]
+        return torch.ops.aten.native_batch_norm_backward(q, self.input, self.weight, None, None, self.mean, self.inverse_std, True,
+                                                         self.eps, [True, False, False])[0]
 
     forward_product = __call__  # The derivative of a batch norm is its own transpose.
 

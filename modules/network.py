@@ -1,6 +1,7 @@
 """The feedback spiking network: one class that simulates T time steps and evaluates its equilibrium map."""
 
 from contextlib import nullcontext
+from numbers import Integral
 from typing import List, Optional, Sequence, Tuple
 
 import torch
@@ -71,7 +72,13 @@ class FeedbackSNN(nn.Module):
         return [torch.Size(shape).numel() for shape in self.layer_shapes]
 
     def forward(self, x: Tensor, observe: Optional[Observer] = None) -> Tensor:
-        """Logits (batch, classes). `observe` is passed on to the simulation."""
+        """Logits (batch, classes). `observe` is passed on to the simulation.
+
+        Raises ValueError where the input is of another shape, or a setting of the network makes no sense.
+        """
+        if torch.jit.is_tracing():
+            raise RuntimeError("a feedback network can't be traced: how long it is simulated and solved depends on values")
+        self._check_settings()
         self._check_input(x)
         with torch.cuda.device_of(x) if x.is_cuda else nullcontext():
             graphed = gpu.serves_graphs(x) and self.uses_graphs and observe is None and not self._unrolled
@@ -90,7 +97,7 @@ class FeedbackSNN(nn.Module):
 
         With a surrogate the rate itself carries the gradient then. Raises ValueError where a mask is of another shape.
         """
-        renew_weights(self)
+        renew_weights(self.feedback, *self.hidden)  # They are read without a call.
         masks = self._ready(masks, x)
         if observe is None and self._is_one_dense_layer and dense_layer.serves(self.input, self.feedback, self.neuron, x, masks):
             passed = dense_layer.run(self.input, self.feedback, self.neuron, x, masks, self.time_steps)
@@ -235,7 +242,7 @@ class FeedbackSNN(nn.Module):
         return Masks(first, others, last)
 
     def _ready(self, masks: Masks, x: Tensor) -> Masks:
-        """In the dtype and the layout that kernels read. Raises ValueError where one is of another shape."""
+        """In the dtype and the layout that kernels read. Raises ValueError where one is missing or of another shape."""
         def ready(mask: Optional[Tensor], shape: Sequence[int]) -> Optional[Tensor]:
             if mask is None:
                 return None
@@ -245,7 +252,19 @@ class FeedbackSNN(nn.Module):
             return kernel_layout(mask.to(self.feedback.w.dtype))
 
         first, *others = self.layer_shapes
-        return Masks(ready(masks.input, first), list(map(ready, masks.hidden, others)), ready(masks.feedback, first))
+        hidden = masks.hidden or [None] * len(others)
+        if len(hidden) != len(others):
+            raise ValueError(f"{len(others)} dropout masks of hidden layers are wanted, not {len(hidden)}")
+        return Masks(ready(masks.input, first), list(map(ready, hidden, others)), ready(masks.feedback, first))
+
+    def _check_settings(self) -> None:
+        """They may have been changed since the last pass."""
+        if not isinstance(self.time_steps, Integral) or self.time_steps < 1:
+            raise ValueError(f"time_steps is a whole number of at least 1, not {self.time_steps}")
+        if not 0 <= round(self.dropout * 65536) < 65536:
+            raise ValueError(f"dropout is the fraction of units that is dropped, from 0 to below 1, not {self.dropout}")
+        if not (self.neuron.threshold > 0 and 0 <= self.neuron.leak <= 1):
+            raise ValueError(f"a neuron's threshold is above 0 and its leak from 0 to 1, not {self.neuron.threshold} and {self.neuron.leak}")
 
     def _check_input(self, x: Tensor) -> None:
         leading = 2 if self.events else 1
@@ -253,3 +272,5 @@ class FeedbackSNN(nn.Module):
         if wrong_shape or (self.events and x.shape[0] != self.time_steps):
             expected = (f"(T={self.time_steps}, batch" if self.events else "(batch") + "".join(f", {n}" for n in self.input_shape) + ")"
             raise ValueError(f"the network takes an input of shape {expected}, not {tuple(x.shape)}")
+        if self.batch_size(x) == 0:
+            raise ValueError("the network takes a batch of at least one sample")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tests.marks import needs_cuda
 from tests.networks import KINDS, explicit_masks, small_network
-from utils.device import working_on
+from utils.device import WORKSPACE, working_on
 
 
 @needs_cuda
@@ -38,8 +38,9 @@ def test_a_training_step_equals_the_cpus(kind, leak):
 
 
 @needs_cuda
-def test_training_in_the_stream_of_the_captures_gives_the_same_gradients():
+def test_training_in_the_stream_of_the_captures_gives_the_same_gradients(monkeypatch):
     """Within it, graphs are captured where the passes are, and cuBLAS has one workspace; afterwards all is as before."""
+    monkeypatch.setenv(WORKSPACE, ":4096:8")  # which the test process has, and keeps
     outside, results = torch.cuda.current_stream(), []
     original, x = small_network(KINDS[-1], 0.9, tol=1e-6, max_iterations=100)
     x = x.float().cuda()
@@ -52,7 +53,7 @@ def test_training_in_the_stream_of_the_captures_gives_the_same_gradients():
                 results.append([parameter.grad.cpu() for parameter in network.parameters()])
             assert all(network._graphed._captured.values()) and len(network._graphed._captured) == 1
         torch.cuda.synchronize()
-        assert torch.cuda.current_stream() == outside
+        assert torch.cuda.current_stream() == outside and torch._C._is_multithreading_enabled()
     for first, second in zip(results[:2], results[2:]):
         for own, other in zip(first, second):
             torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)

@@ -21,14 +21,15 @@ def by_pytorch(kind, x, weight, bias, padding):
 
 def recorded(function, name, computed):
     def compute(x, *others, **settings):
-        computed.append((name, len(x)))
+        computed.append((name, len(x), x.is_contiguous()))
         return function(x, *others, **settings)
     return compute
 
 
 @pytest.fixture
 def products(monkeypatch):
-    """What is computed by which of PyTorch's convolutions, and for how many samples, where cuDNN would need much memory."""
+    """What is computed by which of PyTorch's convolutions, for how many samples, whether they lie channel by channel, where cuDNN would
+    need much memory."""
     computed = []
     for name in ("conv2d", "conv_transpose2d"):
         monkeypatch.setattr(F, name, recorded(getattr(F, name), name, computed))
@@ -44,7 +45,7 @@ def test_transposed_form_in_parts(kind, kernel, padding, batch, products):
     expected = by_pytorch(kind, x, weight, bias, padding)
     products.clear()
     torch.testing.assert_close(LinearMap(kind, (1, 1), padding)(x, weight, bias), expected)
-    assert products == [("conv_transpose2d", size) for size in ([3] if batch == 3 else [SAMPLES_AT_ONCE, 6])]
+    assert [product[:2] for product in products] == [("conv_transpose2d", size) for size in ([3] if batch == 3 else [SAMPLES_AT_ONCE, 6])]
 
 
 @pytest.mark.parametrize("kind", ["convolutional", "transposed"])
@@ -61,11 +62,12 @@ def test_gradients_of_parts(kind, channels, products):
     torch.testing.assert_close(product, expected)
     torch.testing.assert_close(torch.autograd.grad(product, (x, weight), v), expected_gradients)
     own = "conv2d" if kind == "convolutional" else "conv_transpose2d"
-    assert products == [(own, SAMPLES_AT_ONCE), (own, 6)]
+    assert [product[:2] for product in products] == [(own, SAMPLES_AT_ONCE), (own, 6)]
 
 
 @pytest.mark.parametrize("kind, kernel, padding", [*MAPS, ("transposed", 5, (2, 2)), ("convolutional", 5, (2, 2))])
 def test_few_channels_stay_whole_without_a_gradient(kind, kernel, padding, products):
+    """As convolutions channel by channel where the kernel is large, else as they are."""
     x, weight = torch.randn(SAMPLES_AT_ONCE + 6, FEW_CHANNELS, 6, 7).double(), weight_of(kind, FEW_CHANNELS, 3, kernel).double()
     bias = torch.randn(3).double()
     expected = by_pytorch(kind, x, weight, bias, padding)
@@ -75,7 +77,19 @@ def test_few_channels_stay_whole_without_a_gradient(kind, kernel, padding, produ
     torch.testing.assert_close(product, expected)
     assert product.is_contiguous(memory_format=torch.channels_last)
     form = "conv2d" if kernel > SMALL_KERNEL or kind == "convolutional" else "conv_transpose2d"
-    assert products == [(form, SAMPLES_AT_ONCE + 6)]
+    assert products == [(form, SAMPLES_AT_ONCE + 6, kernel > SMALL_KERNEL)]
+
+
+@pytest.mark.parametrize("kind", ["convolutional", "transposed"])
+@pytest.mark.parametrize("channels, kernel, padding", [(FEW_CHANNELS + 1, (1, 1), (1, 1)), (2, (5, 4), (1, 4)), (2, (5, 3), (1, 0))])
+def test_maps_that_stay_what_they_are(kind, channels, kernel, padding, products):
+    """With more padding than a kernel of the other form can have, or with a kernel that is small in one direction."""
+    shape = (channels, 3) if kind == "transposed" else (3, channels)
+    x, weight = torch.randn(4, channels, 7, 8).double(), torch.randn(*shape, *kernel).double()
+    expected = by_pytorch(kind, x, weight, None, padding)
+    products.clear()
+    torch.testing.assert_close(LinearMap(kind, (1, 1), padding)(x, weight), expected)
+    assert [product[:2] for product in products] == [("conv2d" if kind == "convolutional" else "conv_transpose2d", 4)]
 
 
 def test_autograd_keeps_no_other_form_of_the_weight(monkeypatch):
@@ -97,7 +111,7 @@ def test_float32_convolutions_on_a_gpu(kind, kernel, padding, channels, monkeypa
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     x, weight = torch.randn(SAMPLES_AT_ONCE + 6, channels, 6, 7), weight_of(kind, channels, 8, kernel)
     map, bias = LinearMap(kind, (1, 1), padding), torch.randn(8)
-    assert map._needs_workspace(x.cuda())
+    assert map._needs_workspace(x.cuda()) and not LinearMap(kind, (2, 1), padding)._needs_workspace(x.cuda())
     expected = by_pytorch(kind, x.double(), weight.double(), bias.double(), padding)
     own = map(x.cuda().to(memory_format=torch.channels_last), weight.cuda(), bias.cuda())
     assert own.is_contiguous(memory_format=torch.channels_last)

@@ -150,5 +150,17 @@ def test_masks_given_by_hand(kind):
         results.append((rate.detach(), *torch.autograd.grad(rate.square().sum(), [own.feedback.w, own.input.linear.weight])))
     for first, second in zip(*results):
         assert torch.equal(first, second)
-    with pytest.raises(ValueError, match="mask of shape"):
-        network.rate(x, masks._replace(feedback=masks.feedback[:1]))
+    wrong = [masks._replace(feedback=masks.feedback[:1]), masks._replace(input=masks.input[:, :1]),
+             masks._replace(hidden=[*masks.hidden, masks.input])]
+    if network.hidden:
+        wrong += [masks._replace(hidden=masks.hidden[1:]), masks._replace(hidden=[mask[..., :1] for mask in masks.hidden])]
+    for harmed in wrong:
+        with pytest.raises(ValueError, match="mask of shape|masks of hidden layers"):
+            network.rate(x, harmed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_masks_are_those_of_evaluation(kind):
+    network, x = small_network(kind, 0.9)
+    network.eval()
+    assert torch.equal(network.rate(x, Masks()), network.rate(x, network.draw_masks(x)))
