@@ -64,7 +64,7 @@ def _add_network_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vth", type=real(at_least=1e-9, below=1e9), default=2.0, help="firing threshold V_th of every neuron")
     group.add_argument("--leaky", type=real(), default=0.95,
                        help="leak λ: the LIF model for 0 < λ < 1, the IF model without leak for any other value")
-    group.add_argument("--drop", "--dropout", dest="dropout", type=real(at_least=0, below=1), default=0.2,
+    group.add_argument("--drop", "--dropout", dest="dropout", type=real(at_least=0, below=0.9999), default=0.2,
                        help="variational dropout: probability that a unit's input from one connection is dropped for a pass")
     group.add_argument("--feedback-norm", choices=("matrix", "operator"), default="matrix",
                        help="norm of the feedback that is at most 1: its weight's as a matrix, as published, or the convolution's own")
