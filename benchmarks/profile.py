@@ -3,11 +3,12 @@
     python -m benchmarks.profile [--network F64C5] [--device cpu|cuda] [--precision fp32] [--rows 20]
 
 PyTorch's operations by their own time, after some steps of warm-up; the C kernels' time is in the autograd nodes and steps that call them.
-On a GPU, also the share of the time for which it is busy, from the steps' time without the profiler.
+On a GPU, also the share of the time for which it is busy, from the steps' time without the profiler, and how long it waits in between.
 """
 
 import argparse
 import time
+from typing import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from utils.device import set_precision, working_on
 from utils.optimizer import SGD
 
 STEPS = 3
+LONG_WAIT_US = 10  # Between two kernels of one graph it is shorter.
 
 
 def main() -> None:
@@ -40,12 +42,15 @@ def profile_steps(args: argparse.Namespace) -> None:
     network.bf16_products = set_precision(args.precision)
     optimizer = SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     batches = iter(Batches(load_images(args.network, args.path).to(args.device), case.batch, shuffled=True))
+    prepared = [next(batches)]
 
     def step() -> None:
-        x, labels = next(batches)
-        optimizer.zero_grad()
+        x, labels = prepared.pop()
+        for parameter in network.parameters():
+            parameter.grad = None
         with record_function("## forward: simulation and f"):
             loss = F.cross_entropy(network(x), labels)
+        prepared.append(next(batches))
         with record_function("## backward: solve and parameters"):
             loss.backward()
         with record_function("## optimiser"):
@@ -69,11 +74,22 @@ def profile_steps(args: argparse.Namespace) -> None:
     order = "self_cuda_time_total" if args.device == "cuda" else "self_cpu_time_total"
     print(profiled.key_averages().table(sort_by=order, row_limit=args.rows, max_name_column_width=50))
     if args.device == "cuda":
-        # What an operation launches is listed under the operation too, and is counted once.
-        kernels = [event for event in profiled.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
-        busy = sum(event.self_device_time_total for event in kernels if not event.is_user_annotation) / 1e6
-        print(f"a step takes {1e3 * usual / STEPS:.2f} ms, the GPU's work in it {1e3 * busy / STEPS:.2f} ms: "
-              f"{100 * busy / usual:.0f} % busy")
+        describe_gpu(profiled.events(), usual)
+
+
+def describe_gpu(events: Iterable, usual: float) -> None:
+    """Print how busy `events` kept the GPU in STEPS steps, which take `usual` seconds without a profiler, and how it waited in between."""
+    # What an operation launches is listed under the operation too, and is counted once.
+    kernels = sorted((event.time_range.start, event.time_range.end) for event in events
+                     if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation)
+    busy, waits, end = sum(end - start for start, end in kernels), [], kernels[0][1]
+    for start, this_end in kernels:
+        waits.append(max(0, start - end))
+        end = max(end, this_end)
+    long = [wait for wait in waits if wait > LONG_WAIT_US]
+    print(f"a step takes {1e3 * usual / STEPS:.2f} ms, the GPU's work in it {busy / 1e3 / STEPS:.2f} ms: {busy / 1e4 / usual:.0f} % busy\n"
+          f"its waits of more than {LONG_WAIT_US} us under the profiler: {len(long) / STEPS:.1f} a step, {sum(long) / 1e3 / STEPS:.2f} ms, "
+          f"the longest {max(waits):.0f} us; its shorter ones {(sum(waits) - sum(long)) / 1e3 / STEPS:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m examples.new_dataset -c checkpoints/bars --epochs 5
 
 A data set is a function from the parsed flags to training and test `Samples`: inputs as the network takes them, here (N, features),
-and whole-number labels. Each batch may be prepared where it lies (a third argument). A recipe says what the script trains on it.
+and whole-number labels. A batch may be prepared where it lies (third argument), augmented before (fourth). A recipe says what trains on it.
 """
 
 import torch

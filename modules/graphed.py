@@ -203,7 +203,8 @@ def _kind(network: "FeedbackSNN", x: Tensor) -> Optional[Tuple]:
             return None
         tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
         # Gradients go to the parameters as objects, which others may stand for in the same memory.
-        modules.append((module.training, getattr(module, "momentum", None), getattr(module, "eps", None),
+        own = vars(module).get  # A module takes long to say that it has no such attribute.
+        modules.append((module.training, own("momentum"), own("eps"),
                         *map(id, module._parameters.values()), *((tensor.data_ptr(), tensor.requires_grad) for tensor in tensors)))
     return (x.shape, x.dtype, x.device, tuple(modules), network.time_steps, network.dropout,
             type(network.neuron), network.neuron,

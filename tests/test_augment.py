@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from scipy.stats import chisquare
 
 from utils.data.augment import normalise, random_crop_flip
-from utils.data.batches import Batches
+from utils.data.batches import Batches, Samples
 from utils.data.images import Images
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -32,7 +32,7 @@ def test_each_result_is_one_of_the_reference_crops_and_all_are_equally_likely():
     crops = reference_crops(image, padding)
     by_content = {bytes(crop.contiguous().flatten().tolist()): place for place, crop in crops.items()}
     assert len(by_content) == len(crops) == 162, "the crops differ from each other, so a result tells its draw"
-    results = random_crop_flip(image.expand(draws, -1, -1, -1), padding)
+    results = random_crop_flip(image.expand(draws, -1, -1, -1), padding=padding)
     counts = dict.fromkeys(crops, 0)
     for result in results:
         counts[by_content[bytes(result.flatten().tolist())]] += 1
@@ -70,6 +70,21 @@ def test_draws_differ_between_samples_and_calls_and_are_restored_with_the_random
     assert torch.equal(random_crop_flip(images), first)
 
 
+def test_a_batch_is_the_same_whenever_it_is_prepared_and_no_two_are_augmented_alike():
+    images, labels = distinct_pixels(1, 9, 9).to(torch.uint8).expand(24, -1, -1, -1), torch.arange(24)
+    batches = Batches(Samples(images, labels, augment=random_crop_flip), 4, shuffled=True)
+    state = torch.get_rng_state()
+    whole = list(batches)
+    torch.set_rng_state(state)
+    for (x, its_labels), (its_x, same_labels) in zip(batches, whole, strict=True):
+        assert torch.equal(x, its_x) and torch.equal(its_labels, same_labels)
+        torch.rand(3)  # as a pass draws its dropout masks
+    for (x, _), (its_x, _) in zip(batches.after(2, state), whole[2:], strict=True):
+        assert torch.equal(x, its_x)
+    seen = [x for x, _ in [*whole, *batches]]
+    assert not any(torch.equal(one, other) for place, one in enumerate(seen) for other in seen[:place])
+
+
 def test_normalised_per_channel_after_the_padding():
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     expected = (images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -78,10 +93,10 @@ def test_normalised_per_channel_after_the_padding():
     train, test = Images(images, labels, images, labels).augmented(MEAN, STD)
     assert train.inputs is images and test.inputs.dtype == torch.float32
     torch.testing.assert_close(test.inputs.double(), expected, atol=1e-6, rtol=1e-6)
-    state = torch.get_rng_state()
-    (batch, its_labels), = Batches(train, 6, shuffled=False)
-    torch.set_rng_state(state)
-    assert torch.equal(batch, normalise(random_crop_flip(images), MEAN, STD)) and torch.equal(its_labels, labels)
+    generator, begun = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    assert torch.equal(train.augment(images, generator), random_crop_flip(images, begun))
+    (batch, its_labels), = Batches(train._replace(augment=None), 6, shuffled=False)
+    assert torch.equal(batch, normalise(images, MEAN, STD)) and torch.equal(its_labels, labels)
     black = [-mean / std for mean, std in zip(MEAN, STD)]
     batches = [x for _ in range(20) for x, _ in Batches(train._replace(inputs=images | 1), 6, shuffled=True)]
     corners = torch.cat(batches)[:, :, 0, 0]

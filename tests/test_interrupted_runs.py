@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.harmed_runs import after, BATCHES, data, epoch_line, kill, Killed, send, train
 from tests.same_run import assert_same
-from utils import files, fit, run_files
+from utils import experiment, files, fit, run_files
 from utils.checkpoint import BEST, LATEST
 from utils.interruption import Interrupted, Interruption
 
@@ -27,6 +28,20 @@ def test_a_run_stopped_twice_equals_the_uninterrupted_one(optimizer, train, afte
     status, out, _ = train("parts", "--optimizer", optimizer, "--resume", "auto")
     assert status == 0 and "in epoch 2 after 3 iterations" in out and "epoch 1/2" not in out
     assert epoch_line(out) == epoch_line(whole), "the epoch's solves and residuals are counted as if nothing had happened"
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_stopped_within_an_epoch_goes_on_with_the_same_augmentation(train, after, tmp_path, monkeypatch):
+    real = experiment.load_samples
+
+    def noisy(*arguments):
+        samples, *others = real(*arguments)
+        return samples._replace(augment=lambda x, generator: x + torch.randn(x.shape, generator=generator)), *others
+    monkeypatch.setattr(experiment, "load_samples", noisy)
+    assert train("whole")[0] == 0
+    after(3, send(signal.SIGTERM))
+    assert train("parts")[0] == 143
+    assert train("parts", "--resume", "auto")[0] == 0
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 

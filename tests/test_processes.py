@@ -214,7 +214,7 @@ def test_a_joint_solve_counts_once_and_separate_ones_each(two, name):
 def test_without_them_the_gradient_is_the_mean_of_the_shares_own(two, kind):
     halves = []
     for part in (slice(0, 3), slice(3, 6)):
-        network, (inputs, labels, _) = small(kind)
+        network, (inputs, labels, *_) = small(kind)
         F.cross_entropy(network(inputs[part]), labels[part]).backward()
         halves.append(gradients_of(network))
     for process in two:

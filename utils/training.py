@@ -62,8 +62,9 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
     statistics = [buffer.view(-1) for buffer in network.buffers() if buffer.is_floating_point()]
     parameters = list(network.parameters())
     with _bar("training", len(batches)) as bar:
-        for x, labels in remaining:
-            iteration = state.iteration
+        upcoming = next(remaining, None)
+        while upcoming is not None:
+            (x, labels), iteration = upcoming, state.iteration
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(iteration)
             share_buffers(network)
@@ -74,6 +75,8 @@ def train_one_epoch(network: nn.Module, batches: Batches, optimizer: torch.optim
             logits = network(x)
             loss = F.cross_entropy(logits, labels)
             reading = Reading(total(loss.detach() + torch.cat(statistics).sum()))
+            # Here, while a GPU is busy with this pass: after the backward solve, which is waited for, it has little left to do.
+            upcoming = next(remaining, None)
             # The processes' gradients are averaged, and each sample of the batch counts the same.
             weight = process_count() * len(labels) / batches.whole(iteration)
             (loss if weight == 1 else loss * weight).backward()

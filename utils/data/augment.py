@@ -1,23 +1,23 @@
 """Augmentation and normalisation of whole batches of images, on the device where they lie."""
 
-from typing import Sequence, Union
+from typing import Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def random_crop_flip(images: Tensor, padding: int = 4) -> Tensor:
+def random_crop_flip(images: Tensor, generator: Optional[torch.Generator] = None, padding: int = 4) -> Tensor:
     """Each image padded with zeros on all sides, cropped to its size at a random place and mirrored with probability ½.
 
     images: (N, C, H, W) of any dtype; the result has the same shape and dtype and shares no memory with it. Every image has
-    its own draw: the offsets uniform in 0 … 2 · padding, down and across, and the flip, left to right. The draws come from the
-    default generator of the images' device, so that a restored random state restores them.
+    its own draw: the offsets uniform in 0 … 2 · padding, down and across, and the flip, left to right. The draws come from
+    `generator`, of the images' device, by default PyTorch's own there.
     """
     count, channels, height, width = images.shape
     device = images.device
-    top, left = torch.randint(2 * padding + 1, (2, count, 1), device=device)
-    flip = torch.randint(2, (count, 1), device=device, dtype=torch.bool)
+    top, left = torch.randint(2 * padding + 1, (2, count, 1), device=device, generator=generator)
+    flip = torch.randint(2, (count, 1), device=device, dtype=torch.bool, generator=generator)
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     padded = F.pad(images, (padding,) * 4)
     # Where in the padded image each pixel of the result lies: one index per row and column, (N, H, 1) and (N, 1, W).

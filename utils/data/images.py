@@ -32,9 +32,10 @@ class Images(NamedTuple):
         where they lie. The zero padding comes before the normalisation: what a crop reaches beyond an image is black.
         """
         def prepare(images: Tensor) -> Tensor:
-            return normalise(random_crop_flip(images), mean, std)
+            return normalise(images, mean, std)
 
-        return Samples(self.train_images, self.train_labels, prepare), _ready(self.test_images, self.test_labels, mean, std)
+        train = Samples(self.train_images, self.train_labels, prepare, random_crop_flip)
+        return train, _ready(self.test_images, self.test_labels, mean, std)
 
 
 def _ready(images: Tensor, labels: Tensor, mean: Union[float, Sequence[float]], std: Union[float, Sequence[float]],
