@@ -16,7 +16,8 @@ from typing import Callable
 import numpy as np
 
 from utils.convert_nmnist import main as convert
-from utils.data.nmnist import load_nmnist
+from utils.data.nmnist import cache_file, load_nmnist
+from utils.data.nmnist_files import find_recordings
 
 
 def parse(path: Path, time_steps: int) -> np.ndarray:
@@ -47,8 +48,7 @@ def main() -> None:
         files = sorted(Path(scratch).rglob("*.dat"))
         parsing, first, cached = [], [], []
         for _ in range(args.turns):
-            for cache in Path(args.path).glob(".cache-nmnist-*"):
-                cache.unlink()
+            cache_file(find_recordings(args.path)[0], args.time_step).unlink(missing_ok=True)
             first.append(seconds(lambda: load_nmnist(args.path, args.time_step)))
             cached.append(seconds(lambda: load_nmnist(args.path, args.time_step)))
             parsing.append(seconds(lambda: [parse(path, args.time_step) for path in files]))

@@ -13,7 +13,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -209,17 +209,25 @@ def measure(case: Case, device: str, batch_file: str, weights: str, turns: int) 
                     project.close(), yardstick.close(), facts["firing_rate"])
 
 
+def trained_file(pair: str) -> Tuple[str, str]:
+    """An argparse type: a network and its checkpoint."""
+    network, _, file = pair.partition("=")
+    if network not in NETWORKS or not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"{pair} is no NETWORK=FILE with a network of {', '.join(NETWORKS)} and a checkpoint that is there")
+    return network, file
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), nargs="*", default=["fp32", "tf32", "bf16"],
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), nargs="+", default=["fp32", "tf32", "bf16"],
                         help="precisions to time on a GPU")
     parser.add_argument("--turns", type=int, default=3, help="how often each side is timed")
     parser.add_argument("--path", default="./data", help="folder of the data sets")
-    parser.add_argument("--only", choices=NETWORKS, nargs="*", default=list(NETWORKS), help="networks to time")
-    parser.add_argument("--trained", nargs="*", default=[], metavar="NETWORK=FILE", help="checkpoints whose weights to use")
+    parser.add_argument("--only", choices=NETWORKS, nargs="+", default=list(NETWORKS), help="networks to time")
+    parser.add_argument("--trained", type=trained_file, nargs="+", default=[], metavar="NETWORK=FILE", help="checkpoints whose weights to use")
     args = parser.parse_args()
-    trained_files = dict(pair.split("=", 1) for pair in args.trained)
+    trained_files = dict(args.trained)
     print(f"{describe_machine(args.device)}\n{HEADER}")
     with tempfile.TemporaryDirectory() as scratch:
         for network in args.only:

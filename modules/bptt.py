@@ -11,7 +11,8 @@ from torch import Tensor
 
 from modules.dropout import masked
 from modules.neuron import Fire, rate_normaliser, reached
-from modules.simulation import EventInput, Loop, Observer, StaticInput, Synapses
+from modules.simulation import EventInput, Loop, Observer, StaticInput
+from modules.synapses import Synapses
 
 SIGMOID_SLOPE = 4.0
 
@@ -66,6 +67,8 @@ def unroll(loop: Loop, input: "StaticInput | EventInput", time_steps: int, fire:
         total = total * loop.neuron.leak + states[-1].spikes
         if observe is not None:
             observe(t, [state.spikes.detach() for state in states])
+            if hasattr(observe, "potentials"):
+                observe.potentials(t, [state.potential.detach() for state in states])
     return total / rate_normaliser(time_steps, loop.neuron.leak)
 
 

@@ -12,7 +12,7 @@ from modules.hooks import has_hooks
 from modules.jacobian import BatchNormDerivative, Link
 from modules.linear_map import LinearMap
 from modules.neuron import Neuron
-from modules.simulation import Synapses
+from modules.synapses import Synapses
 from modules.synchronised_norm import SynchronisedBatchNorm, SynchronisedNormDerivative, spread_statistics
 
 

@@ -22,7 +22,7 @@ from modules.simulation import FIRST_EXPECTATION, Masks
 from modules.solvers import Anderson
 
 # The fraction of active units below which the products that pass over the others beat dense ones with all that goes on around these.
-EVENT_DRIVEN_BELOW = 0.7
+EVENT_DRIVEN_LAYER_BELOW = 0.7
 
 
 def serves(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor, masks: Masks) -> bool:
@@ -56,7 +56,7 @@ def run(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor, m
     results, vectors, numbers = x.new_empty(5, batch, units), x.new_empty(5, units), x.new_empty(2)
     given = [mask if mask is None else mask.contiguous() for mask in (masks.input, masks.feedback)]
     layer = native.LayerStruct(
-        batch, inputs, units, time_steps, FIRST_EXPECTATION, EVENT_DRIVEN_BELOW, *neuron, rate_normaliser(time_steps, neuron.leak),
+        batch, inputs, units, time_steps, FIRST_EXPECTATION, EVENT_DRIVEN_LAYER_BELOW, *neuron, rate_normaliser(time_steps, neuron.leak),
         norm.momentum, norm.eps, dense_geometry(units, units).pointer, *native.pointers(
             x, *parameters, *given, norm.running_mean, norm.running_var, feedback.u, feedback.v, norm.num_batches_tracked),
         *native.row_pointers(results), *native.row_pointers(vectors), *native.row_pointers(numbers))

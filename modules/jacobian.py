@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from modules.hidden_layer import SaturatedNorm
 
 # The fraction of units whose equilibrium rate can change below which the C kernel's solve beats PyTorch's dense products, on F64C5.
-EVENT_DRIVEN_BELOW = 0.7
+EVENT_DRIVEN_SOLVE_BELOW = 0.7
 
 
 class BatchNormDerivative(NamedTuple):
@@ -132,7 +132,7 @@ class TransposedJacobian:
         link = self.links[0]
         if len(self.links) > 1 or not native.serves(gradient) or Anderson.memory != native.ANDERSON_MEMORY:
             return None
-        if native.more_active_than(link.gain, EVENT_DRIVEN_BELOW):
+        if native.more_active_than(link.gain, EVENT_DRIVEN_SOLVE_BELOW):
             return None
         value, residual, products = self._solve_layer(kernel_layout(gradient), tol, max_iterations)
         return Solution(value, residual, products, residual <= tol)

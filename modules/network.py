@@ -18,7 +18,8 @@ from modules.hooks import renew_weights
 from modules.implicit import BackwardSolver, Pass
 from modules.jacobian import Link, TransposedJacobian
 from modules.neuron import Fire, Neuron, rate_weights
-from modules.simulation import EventInput, Loop, Masks, Observer, StaticInput, Synapses, simulate
+from modules.simulation import EventInput, Loop, Masks, Observer, StaticInput, simulate
+from modules.synapses import Synapses
 
 
 class FeedbackSNN(nn.Module):

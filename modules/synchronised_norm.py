@@ -17,7 +17,10 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def of(cls, norm: Union[nn.BatchNorm1d, nn.BatchNorm2d]) -> "SynchronisedBatchNorm":
-        """The same normalisation with the parameters and statistics of `norm`."""
+        """The same normalisation with the parameters and statistics of `norm`. Raises ValueError where it lacks some of them."""
+        if norm.weight is None or norm.running_mean is None or norm.momentum is None:
+            raise ValueError("a batch norm over several processes needs weight, bias, running statistics and a momentum: build it with "
+                             f"affine=True, track_running_stats=True and a number for momentum, unlike {norm}")
         own = cls(norm.num_features, norm.eps, norm.momentum).to(norm.weight)
         own.load_state_dict(norm.state_dict())
         return own
@@ -32,9 +35,6 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_var.lerp_((variance * count / (count - 1)).to(x.dtype), self.momentum)
         inverse_std = torch.rsqrt(variance + self.eps).to(x.dtype)
         return (x - _channels(mean.to(x.dtype), x)) * _channels(inverse_std * self.weight, x) + _channels(self.bias, x)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
 
 
 class SynchronisedNormDerivative(NamedTuple):

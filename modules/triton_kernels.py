@@ -7,7 +7,7 @@ address modulo the number of channels.
 """
 
 import math
-from typing import NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 import triton

@@ -12,6 +12,7 @@ from tests import naive
 from tests.networks import KINDS, explicit_masks, small_network
 from tests.small_data import command, write_small_data
 from utils.checkpoint import load_checkpoint
+from utils.instruments.observers import Trace
 
 
 class NaiveSpike(torch.autograd.Function):
@@ -69,6 +70,12 @@ def test_forward_pass_and_running_statistics_are_the_implicit_networks(kind, lea
     logits = unrolled(x, observe=lambda t, spikes: seen.extend(spikes))
     assert torch.equal(logits, implicit(x, observe=lambda t, spikes: expected.extend(spikes)))
     assert all(map(torch.equal, seen, expected)) and len(seen) == len(expected) > 0
+    traces = Trace(), Trace()
+    for network, trace in zip((unrolled, implicit), traces):
+        torch.manual_seed(1)
+        network(x, observe=trace)
+    for (_, potentials), (_, its_potentials) in zip(*(trace.of_layers() for trace in traces), strict=True):
+        torch.testing.assert_close(potentials, its_potentials, atol=1e-12, rtol=1e-12)
     for name, tensor in unrolled.state_dict().items():
         torch.testing.assert_close(tensor, implicit.state_dict()[name], atol=1e-15, rtol=1e-14, msg=lambda text: f"{name}: {text}")
 

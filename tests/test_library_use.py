@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.feedback import power_iteration
 from modules.neuron import Neuron
+from modules.synchronised_norm import SynchronisedBatchNorm
 from tests.networks import KINDS, small_network
 
 
@@ -125,3 +126,9 @@ def test_tracing_is_refused():
     network, x = small_network("convolutional")
     with pytest.raises(RuntimeError, match="can't be traced"):
         torch.jit.trace(network, x)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(3, affine=False), nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm1d(3, momentum=None)])
+def test_a_batch_norm_that_several_processes_cannot_share_is_refused(norm):
+    with pytest.raises(ValueError, match="affine=True, track_running_stats=True and a number for momentum"):
+        SynchronisedBatchNorm.of(norm)

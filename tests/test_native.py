@@ -18,7 +18,8 @@ from modules.implicit import BackwardSolver
 from modules.jacobian import Link, TransposedJacobian
 from modules.linear_map import LinearMap
 from modules.neuron import equilibrium_rate, make_neuron
-from modules.simulation import SpikingLayer, StaticInput, Synapses, _expectations, simulate
+from modules.simulation import SpikingLayer, StaticInput, _expectations, simulate
+from modules.synapses import Synapses
 from modules.solvers import METHODS, Anderson, FixedPoint
 from tests import naive
 from tests.networks import KINDS, explicit_masks, small_network
@@ -203,7 +204,8 @@ def test_spikes_and_gradients_equal_the_plain_ones(kind, leak, threshold, thread
 def test_chunks_and_whole_simulations_do_not_change_the_result(kind, training, event_driven_below, threads, monkeypatch):
     """Unobserved, a simulation runs in chunks of samples, or all its steps in one kernel; observed, step by step over the batch."""
     torch.set_num_threads(threads)
-    monkeypatch.setattr("modules.simulation.EVENT_DRIVEN_BELOW", event_driven_below)
+    for module in ("simulation", "synapses"):
+        monkeypatch.setattr(f"modules.{module}.EVENT_DRIVEN_BELOW", event_driven_below)
     network, x = small_network(kind, dropout=0.3, time_steps=14)
     network, x = network.float().train(training), torch.cat([x.float()] * 4, dim=1 if network.events else 0)
     masks = [torch.rand(20, *shape).ge(0.3) / 0.7 for shape in (*network.layer_shapes, network.layer_shapes[0])]

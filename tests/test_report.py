@@ -127,7 +127,7 @@ def test_operator_norm_from_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("more,named", [
-    (["--resume", "none"], "--resume none"), (["--experiment", "none"], "--experiment none"), (["--out", "file/out"], "file/out"),
+    (["--resume", "none"], "--resume none"), (["--experiment", "none"], "--experiment none"), (["--out", "file/out"], "--out file/out"),
     (["--time-step-sweep", "0"], "--time-step-sweep"), (["--experiment", "mnist_conv"], "another network"),
     (["--path", "file"], "file"), (["--samples", "0"], "--samples"), (["--resume", "other"], "--experiment"),
 ])

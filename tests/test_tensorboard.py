@@ -12,8 +12,8 @@ def test_scalars_are_the_logs_numbers_over_a_resumed_run(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     data, run = write_small_data(tmp_path / "data"), tmp_path / "run"
-    flags = ["--path", data, "-c", run, "--device", "cpu", "--seed", 1, "--tensorboard", "--schedule", 1]
-    for more in (["--epochs", 2], ["--epochs", 3, "--resume", run / "checkpoint.pth.tar"]):
+    flags = ["--path", data, "-c", run, "--device", "cpu", "--seed", 1, "--schedule", 1]
+    for more in (["--epochs", 2, "--tensorboard"], ["--epochs", 3, "--tensorboard", "--resume", run / "checkpoint.pth.tar"]):
         status, _, err = command(*flags, *more)
         assert status == 0, err
     events = EventAccumulator(str(run / "tensorboard")).Reload()
@@ -23,6 +23,8 @@ def test_scalars_are_the_logs_numbers_over_a_resumed_run(tmp_path):
         assert [scalar.step for scalar in events.Scalars(name)] == [1, 2, 3]
         assert [scalar.value for scalar in events.Scalars(name)] == pytest.approx(column, abs=1e-5)
     assert all(scalar.value >= 1 for scalar in events.Scalars("solver/iterations"))
+    status, out, err = command(*flags, "--epochs", 4, "--resume", run / "checkpoint.pth.tar")
+    assert status == 0 and "--tensorboard" not in out, "what is shown of a run is none of its hyperparameters"
 
 
 def test_without_the_package_it_says_so_before_anything_is_written(tmp_path, monkeypatch):

@@ -4,13 +4,10 @@ A run is its folder or its log.txt. Writes loss and accuracy over epochs as PNG 
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-from termcolor import cprint
-
-from utils.errors import UserError
+from utils.errors import UserError, told_in_a_sentence
 from utils.instruments.plot_style import COLOURS
 from utils.instruments.report_figures import plot_training_curves
 from utils.log import read_log
@@ -57,11 +54,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its log.txt")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="names of the runs in the legend (default: their folders')")
     parser.add_argument("--out", default="compare", metavar="FILE", help="the figure's path; .png and .pdf are added (default: compare)")
-    try:
-        compare(parser.parse_args(argv))
-    except UserError as error:
-        cprint(f"error: {error}", "red", file=sys.stderr)
-        sys.exit(2)
+    args = parser.parse_args(argv)
+    with told_in_a_sentence():
+        compare(args)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ becomes DIR/{Train,Test}/<label>/<k>.dat, k its number without leading zeros. Tr
 
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import List, Optional, Sequence
@@ -16,7 +15,7 @@ from termcolor import cprint
 from utils.arguments import place
 from utils.data.nmnist_files import SPLITS, Recordings, damage_report, decoded, find_recordings
 from utils.data.recordings import raw_to_text
-from utils.errors import UserError
+from utils.errors import UserError, told_in_a_sentence
 
 
 def convert(path: str, out: str) -> None:
@@ -60,11 +59,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--path", type=place, required=True, metavar="RAW", help="folder of Train.zip and Test.zip, or of Train/ and Test/")
     parser.add_argument("--out", type=place, required=True, metavar="DIR", help="folder for the text layout, without Train and Test in it")
     args = parser.parse_args(argv)
-    try:
+    with told_in_a_sentence():
         convert(args.path, args.out)
-    except UserError as error:
-        cprint(f"error: {error}", "red", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,11 @@
 """The exceptions whose message is all that the user needs to see."""
 
+import contextlib
+import sys
+from typing import Iterator
+
+from termcolor import cprint
+
 
 class UserError(Exception):
     """A mistake in what the user gave: a flag, a file, a folder or a machine.
@@ -14,3 +20,13 @@ class RunFailed(Exception):
 
     A sentence that says where it stopped and what is kept. The command line prints it alone and exits with status 1.
     """
+
+
+@contextlib.contextmanager
+def told_in_a_sentence() -> Iterator[None]:
+    """Have a UserError or a RunFailed end the program with its sentence on stderr alone, with exit status 2 or 1."""
+    try:
+        yield
+    except (UserError, RunFailed) as error:
+        cprint(f"error: {error}", "red", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)

@@ -26,14 +26,12 @@ image, the same at every step, or a frame of events per step. The graph's metada
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
 import torch
-from termcolor import cprint
 
 from modules.linear_map import LinearMap
 from modules.network import FeedbackSNN
@@ -41,7 +39,7 @@ from modules.neuron import make_neuron, rate_normaliser
 from modules.zoo import f64c5_mnist, f64c5_nmnist, f400
 from utils.arguments import real, whole
 from utils.checkpoint import Checkpoint, load_checkpoint, restore_network
-from utils.errors import UserError
+from utils.errors import UserError, told_in_a_sentence
 
 DT = 1e-4  # Seconds: what most readers of NIR take a step to be.
 NO_TRANSPOSED = ("with transposed feedback can't be written as NIR, which has no transposed convolution; "
@@ -142,11 +140,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--vth", type=real(above=0), help=f"firing threshold {trained}")
     parser.add_argument("--leaky", type=real(), help=f"leak λ {trained}")
     args = parser.parse_args(argv)
-    try:
+    with told_in_a_sentence():
         export(args)
-    except UserError as error:
-        cprint(f"error: {error}", "red", file=sys.stderr)
-        sys.exit(2)
 
 
 def export(args: argparse.Namespace) -> None:

@@ -4,20 +4,18 @@ Writes its frames on one sheet (PNG) and as a short film (MP4), ON events in ora
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
 import torch
-from termcolor import cprint
 
 from utils.arguments import place, whole
 from utils.data.nmnist import decoder, unpack_frames
 from utils.data.nmnist_files import SPLITS, Entry, damage_report, decoded, find_recordings
 from utils.data.recordings import BIN, BINNINGS, SIDE
-from utils.errors import UserError
+from utils.errors import UserError, told_in_a_sentence
 
 PAPER, ON, OFF, BOTH = "#FFFFFF", "#D55E00", "#0072B2", "#000000"  # safe for colour-blind readers
 COLUMNS = 10            # of the sheet
@@ -111,12 +109,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--nmnist-binning", choices=BINNINGS, default="paper", help="how events become frames")
     parser.add_argument("--out", type=place, required=True, default=argparse.SUPPRESS, metavar="DIR", help="folder for the PNG and the MP4")
     args = parser.parse_args(argv)
-    try:
+    with told_in_a_sentence():
         for path in preview(args):
             print(path)
-    except UserError as error:
-        cprint(f"error: {error}", "red", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

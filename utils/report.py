@@ -6,18 +6,16 @@ Its equilibrium, the solvers' convergence, firing rates, synaptic operations, en
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
 
 import torch
-from termcolor import cprint
 from torch import Tensor
 
 from utils.arguments import real, whole
 from utils.data.batches import Batches
 from utils.device import choose_device
-from utils.errors import UserError
+from utils.errors import UserError, told_in_a_sentence
 from utils.instruments.equilibrium import check_gradient, equilibrium_residuals, is_zero, jacobian_spectrum, solver_traces
 from utils.instruments.observers import Trace, UnitSpikes
 from utils.instruments.operations import ASSUMPTIONS, count_operations, energies
@@ -54,12 +52,15 @@ class Page:
 
 
 def report(args: argparse.Namespace) -> Path:
-    """Make the report that the command line asks for; returns its report.md. Raises UserError before any long work."""
+    """Make the report that the command line asks for; returns its report.md.
+
+    Raises UserError before any long work, but where --check-gradient finds that there is no equilibrium: the rest is written by then.
+    """
     device = choose_device(args.device, args.gpu_id)
     changes = {name: getattr(args, name) for name in ("path", "time_step", "leaky", "vth", "test_limit")}
     recipe, trained_args = find_arguments(Path(args.resume), args.experiment, changes)
     folder = Path(args.out) if args.out else Path(args.resume).parent / "report"
-    check_writable(folder)
+    check_writable(folder, "--out")
     trained = load_trained(recipe, trained_args, device)
     folder.mkdir(parents=True, exist_ok=True)
     network, T = trained.network, trained.network.time_steps
@@ -73,10 +74,12 @@ def report(args: argparse.Namespace) -> Path:
     _add_accuracy_and_operations(page, trained, steps)
     _add_equilibrium(page, trained, x, max(steps))
     _add_solvers(page, trained, x, labels)
+    _add_traces(page, trained, x, max(steps))
+    path = page.write()
     if args.check_gradient:
         _add_gradient_check(page, trained, x, labels)
-    _add_traces(page, trained, x, max(steps))
-    return page.write()
+        page.write()
+    return path
 
 
 def _add_accuracy_and_operations(page: Page, trained: Trained, steps: "set[int]") -> None:
@@ -173,7 +176,7 @@ def _add_traces(page: Page, trained: Trained, x: Tensor, longest: int) -> None:
     trace, first = Trace(), x[:, :1] if trained.network.events else x[:1]
     lasting(trained.network, longest)(first, observe=trace)
     page.text("## Spikes and membrane potentials")
-    page.text("Of the first sample; the membrane potentials are those of neurons that fire seldom, middling and often.")
+    page.text("Of the first sample; the membrane potentials are those of neurons that fire rarely, moderately and often.")
     page.figure("spike raster", plot_raster(trace.of_layers(), page.folder / "raster"))
     page.figure("membrane potentials", plot_membranes(trace.of_layers(), trained.network.neuron.threshold, page.folder / "membranes"))
 
@@ -196,11 +199,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
     parser.add_argument("--gpu-id", default="0", help="number of the CUDA device")
     args = parser.parse_args(argv)
-    try:
+    with told_in_a_sentence():
         print(report(args))
-    except UserError as error:
-        cprint(f"error: {error}", "red", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

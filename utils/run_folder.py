@@ -11,14 +11,14 @@ from utils.tensorboard import FOLDER as TENSORBOARD
 _FILES = ("log.txt", "log.png", "log.pdf", "firing_rate.png", "firing_rate.pdf", RUN_RECORD, LATEST, PREVIOUS, BEST, DAMAGED, TENSORBOARD)
 
 
-def check_writable(folder: Path) -> None:
-    """See that `folder` can be written, or be made, and leave nothing behind; raises UserError that names -c where it can't."""
+def check_writable(folder: Path, flag: str = "-c") -> None:
+    """See that `folder` can be written, or be made, and leave nothing behind; raises UserError that names `flag` where it can't."""
     try:
         nearest = next(place for place in (folder, *folder.parents) if place.exists())
         with tempfile.TemporaryDirectory(dir=nearest):
             pass
     except OSError as error:
-        raise UserError(f"-c {folder}: the folder can't be written ({error.strerror}); name another") from error
+        raise UserError(f"{flag} {folder}: the folder can't be written ({error.strerror}); name another") from error
 
 
 def open_run_folder(folder: Path, continued: bool) -> None:

@@ -16,7 +16,7 @@ PIECE = 2**20
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The uint8 array of an IDX file with so many dimensions, from the raw file `path` or `path`.gz.
+    """The uint8 array of an IDX file with so many dimensions, from the raw file `path` or, where that is missing, `path`.gz.
 
     The header is two zero bytes, the type code 8 (unsigned byte), the number of dimensions, and each size in 4 bytes. Raises
     UserError that names the file where it is missing, truncated, too long, or of another type or number of dimensions.

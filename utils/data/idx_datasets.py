@@ -65,7 +65,7 @@ def load_idx_dataset(dataset: IdxDataset, root: Path) -> Images:
         fetch(dataset.title, dataset.sources, root, folder, lambda fetched: _published(fetched, missing))
     images = Images(*_read_split(folder, "train"), *_read_split(folder, "t10k"))
     for name, md5 in dataset.md5.items():
-        if (folder / name).exists() and _md5((folder / name).read_bytes()) != md5:
+        if _md5(_raw(folder / name)) != md5:
             cprint(f"warning: {folder / name} is not the published file (its md5 differs)", "yellow")
     return images
 
@@ -93,6 +93,10 @@ def _published(fetched: Path, md5: Mapping[str, str]) -> Dict[str, bytes]:
         if _md5(contents[name]) != expected:
             raise ValueError(f"{name} has the wrong md5")
     return contents
+
+
+def _raw(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else gzip.decompress(path.with_name(f"{path.name}.gz").read_bytes())
 
 
 def _md5(contents: bytes) -> str:

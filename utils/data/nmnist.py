@@ -41,7 +41,7 @@ def load_nmnist(path: str, time_steps: int, binning: str = "paper") -> Tuple[Sam
     decoders = {split: decoder(splits[split], time_steps, binning) for split in SPLITS}
     if binning == "paper" and time_steps == 1:
         cprint("warning: --time_step 1: the paper's binning leaves the last frame empty, so nothing is shown", "yellow")
-    cache = folder / f".cache-nmnist-{binning}-T{time_steps}.npz"
+    cache = cache_file(folder, time_steps, binning)
     key = " ".join([str(CACHE_VERSION), binning, str(time_steps), *(splits[split].fingerprint for split in SPLITS)])
     packed = _read_cache(cache, key, time_steps)
     if packed is None:
@@ -55,6 +55,11 @@ def load_nmnist(path: str, time_steps: int, binning: str = "paper") -> Tuple[Sam
     train, test = (Samples(torch.from_numpy(packed[split].frames), torch.from_numpy(packed[split].labels), unpack_frames)
                    for split in SPLITS)
     return train, test
+
+
+def cache_file(folder: Path, time_steps: int, binning: str = "paper") -> Path:
+    """Where the packed frames of the recordings in `folder` are kept."""
+    return folder / f".cache-nmnist-{binning}-T{time_steps}.npz"
 
 
 def unpack_frames(packed: Tensor) -> Tensor:
