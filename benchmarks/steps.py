@@ -213,7 +213,7 @@ def trained_file(pair: str) -> Tuple[str, str]:
     """An argparse type: a network and its checkpoint."""
     network, _, file = pair.partition("=")
     if network not in NETWORKS or not Path(file).is_file():
-        raise argparse.ArgumentTypeError(f"{pair} is no NETWORK=FILE with a network of {', '.join(NETWORKS)} and a checkpoint that is there")
+        raise argparse.ArgumentTypeError(f"{pair} is not NETWORK=FILE, with one of {', '.join(NETWORKS)} and a checkpoint")
     return network, file
 
 
@@ -225,7 +225,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="how often each side is timed")
     parser.add_argument("--path", default="./data", help="folder of the data sets")
     parser.add_argument("--only", choices=NETWORKS, nargs="+", default=list(NETWORKS), help="networks to time")
-    parser.add_argument("--trained", type=trained_file, nargs="+", default=[], metavar="NETWORK=FILE", help="checkpoints whose weights to use")
+    parser.add_argument("--trained", type=trained_file, nargs="+", default=[], metavar="NETWORK=FILE",
+                        help="checkpoints whose weights to use")
     args = parser.parse_args()
     trained_files = dict(args.trained)
     print(f"{describe_machine(args.device)}\n{HEADER}")

@@ -17,7 +17,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def renew_weights(*modules: nn.Module) -> None:
-    """Have the weights of pruned parts, and those under PyTorch's older weight and spectral norms, made anew as a call of each part would."""
+    """Make anew, as a call would, the weights of pruned parts and of those under PyTorch's older weight and spectral norms."""
     for part in itertools.chain.from_iterable(module.modules() for module in modules):
         for hook in part._forward_pre_hooks.values():
             if isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm)):

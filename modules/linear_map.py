@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 # On an H200 cuDNN's float32 convolutions of stride 1 take up to 1.5 GB for themselves. Transposed ones of 64 samples take about as long and
 # a tenth of that. Of few channels either form takes less time for all samples at once; with kernels of more than 3 by 3, convolutions of
-# values that lie channel by channel then take little. With autograd, which would keep another form of each call's weight, parts of the batch
-# halve what a gradient in the weight takes.
+# values that lie channel by channel then take little. With autograd, which would keep another form of each call's weight, parts of the
+# batch halve what a gradient in the weight takes.
 SAMPLES_AT_ONCE, FEW_CHANNELS, SMALL_KERNEL = 64, 96, 3
 
 

@@ -265,7 +265,8 @@ class FeedbackSNN(nn.Module):
         if not 0 <= round(self.dropout * 65536) < 65536:
             raise ValueError(f"dropout is the fraction of units that is dropped, from 0 to below 1, not {self.dropout}")
         if not (self.neuron.threshold > 0 and 0 <= self.neuron.leak <= 1):
-            raise ValueError(f"a neuron's threshold is above 0 and its leak from 0 to 1, not {self.neuron.threshold} and {self.neuron.leak}")
+            raise ValueError(f"a neuron's threshold is above 0 and its leak from 0 to 1, not {self.neuron.threshold} and "
+                             f"{self.neuron.leak}")
 
     def _check_input(self, x: Tensor) -> None:
         leading = 2 if self.events else 1

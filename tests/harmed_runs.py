@@ -64,8 +64,8 @@ def spoil(monkeypatch, *bad, value=float("nan")):
     """The bad-th batches (from 1) hold a value that is not finite."""
     real, calls = Batches._batches, [0]
 
-    def batches(self, order, done):
-        for x, labels in real(self, order, done):
+    def batches(self, *drawn):
+        for x, labels in real(self, *drawn):
             calls[0] += self.shuffled
             if self.shuffled and calls[0] in bad:
                 x[0, 0] = value

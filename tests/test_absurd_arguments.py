@@ -16,7 +16,7 @@ from utils import convert_nmnist, preview_nmnist
 from utils.arguments import parse_arguments
 
 HUGE, LONG = "9" * 30, "a" * 5000
-WHOLE = ["-j", "--train-limit", "--test-limit", "--train-batch", "--test-batch", "-t", "--threshold", "--epochs", "--start-epoch",
+WHOLE = ["-j", "--train-limit", "--test-limit", "--train-batch", "--test-batch", "-t", "--max-iterations", "--epochs", "--start-epoch",
          "--schedule", "--warmup", "--manualSeed"]
 REAL = ["--vth", "--leaky", "--drop", "--tol", "--lr", "--gamma", "--momentum", "--wd"]
 CHOICE = ["-d", "--solver", "--jacobian-bn", "--optimizer", "--device", "--precision"]

@@ -62,7 +62,7 @@ def assert_refused(named, *arguments, script=fmnist_mlp):
     (["--lr", "0"], "--lr"), (["--vth", "0"], "--vth"), (["--leaky", "inf"], "--leaky"), (["--drop", "1"], "--drop"),
     (["--train-batch", "0"], "--train-batch"), (["--test-batch", "x"], "--test-batch"), (["--epochs", "0"], "--epochs"),
     (["--schedule", "-3"], "--schedule"), (["--gamma", "0"], "--gamma"), (["--momentum", "1"], "--momentum"),
-    (["--wd", "-1"], "--wd"), (["--tol", "0"], "--tol"), (["--threshold", "0"], "--threshold"),
+    (["--wd", "-1"], "--wd"), (["--tol", "0"], "--tol"), (["--threshold", "0"], "--max-iterations"),
     (["--solver", "newton"], "--solver"),
     (["--optimizer", "LBFGS"], "--optimizer"), (["--manualSeed", "-1"], "--manualSeed"), (["--gpu-id", "x"], "--gpu-id"),
     (["--device", "tpu"], "--device"), (["--evaluate"], "--evaluate"), (["--nonsense"], "--nonsense"),

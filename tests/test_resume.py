@@ -82,7 +82,7 @@ def test_log_format_and_best_model(data, tmp_path):
 
 
 def test_non_convergence_is_reported(data, tmp_path):
-    out = train(data, tmp_path / "run", 1, "--tol", "1e-7", "--threshold", 1)
+    out = train(data, tmp_path / "run", 1, "--tol", "1e-7", "--max-iterations", 1)
     assert "3 of 3 not converged" in out
 
 

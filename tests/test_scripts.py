@@ -23,10 +23,10 @@ SCRIPTS = (*TRAINING, get_rate_cifar_alexnetf)
 PUBLISHED_FLAGS = """-d --dataset --path -j --workers -t --time_step --vth --leaky --epochs --start-epoch --train-batch
     --test-batch --lr --learning-rate --warmup --drop --dropout --schedule --gamma --momentum --weight-decay --wd --optimizer
     -c --checkpoint --resume --manualSeed -e --evaluate --gpu-id""".split()
-OUR_FLAGS = "--firing-rate --train-limit --test-limit --solver --tol --threshold --jacobian-bn --device".split()
+OUR_FLAGS = "--firing-rate --train-limit --test-limit --solver --tol --max-iterations --threshold --jacobian-bn --device".split()
 
 SHARED = dict(optimizer="SGD", momentum=0.9, weight_decay=5e-4, lr=0.05, gamma=0.1, epochs=100, train_batch=128, test_batch=200,
-              dropout=0.2, vth=2.0, threshold=30, warmup=0, path="./data", schedule=[30, 60, 90], leaky=0.95, time_step=30,
+              dropout=0.2, vth=2.0, max_iterations=30, warmup=0, path="./data", schedule=[30, 60, 90], leaky=0.95, time_step=30,
               train_limit=None, test_limit=None)
 CIFAR = dict(dataset="cifar10", time_step=100, leaky=0.99, schedule=[50, 75], warmup=400)
 DIFFERENT = {fmnist_mlp: dict(time_step=5), mnist_conv: {}, cifar_alexnetf: CIFAR, cifar_cifarnetf: CIFAR,

@@ -67,7 +67,7 @@ def _add_network_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--drop", "--dropout", dest="dropout", type=real(at_least=0, below=0.9999), default=0.2,
                        help="variational dropout: probability that a unit's input from one connection is dropped for a pass")
     group.add_argument("--feedback-norm", choices=("matrix", "operator"), default="matrix",
-                       help="norm of the feedback that is at most 1: its weight's as a matrix, as published, or the convolution's own")
+                       help="norm of the feedback that is bounded by 1: its weight's as a matrix (published) or the convolution operator's")
 
 
 def _add_gradient_flags(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def _add_gradient_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--solver", choices=sorted(METHODS), default="anderson", help="solver of (I − Jᵀ) v = ∂L/∂a")
     group.add_argument("--tol", type=real(above=0), default=1e-3,
                        help="residual, relative to ‖∂L/∂a‖, at which the solver stops; 1e-6 for comparisons of gradients")
-    group.add_argument("--threshold", type=whole(1), default=30, help="most solver iterations (products with Jᵀ) per step")
+    group.add_argument("--max-iterations", "--threshold", type=whole(1), default=30, help="most products with Jᵀ in one solve")
     group.add_argument("--jacobian-bn", choices=("train", "eval"), default="train",
                        help="mode of the batch norms in J: train as in f, or eval, with which early steps need fewer products")
 
@@ -121,7 +121,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--manualSeed", "--seed", type=whole(0, 2**63 - 1), default=None, help="random seed (default: drawn, and printed)")
     group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the best there is")
     group.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-                       help="factors of convolutions and matrix products (tf32: on CUDA); membrane potentials are float32 in any case")
+                       help="rounding of the factors of convolutions and matrix products (tf32: on CUDA); membrane potentials stay float32")
     group.add_argument("--gpu-id", default="0", help="number of the CUDA device; without any CUDA device, ignored with a warning; "
                                                      "under torchrun every process has its own device")
     group.add_argument("--sync-bn", action="store_true",

@@ -120,7 +120,7 @@ def _from_contents(contents: Dict[str, Any]) -> Checkpoint:
         return Checkpoint(state_dict=translate_state_dict(state_dict), momentum=momentum, **common)
     check_random_state(contents["random_state"])
     if not isinstance(contents["arguments"], dict) or not isinstance(contents["optimizer"], dict):
-        raise ValueError("its arguments or its optimizer are no table")
+        raise ValueError("its arguments or its optimizer are not a table")
     partial = contents.get("partial")
     check_partial_epoch(partial)
     return Checkpoint(state_dict=state_dict, optimizer=contents["optimizer"], random_state=contents["random_state"],

@@ -13,7 +13,7 @@ MOST_SAMPLES = 2**40
 
 def checked_epoch(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= MOST_EPOCHS:
-        raise ValueError(f"its epoch is {value!r:.40}, no whole number from 0 to {MOST_EPOCHS}")
+        raise ValueError(f"its epoch is {value!r:.40}, not a whole number from 0 to {MOST_EPOCHS}")
     return value
 
 
@@ -43,7 +43,7 @@ def check_fits(name: str, there: Tensor, here: Tensor) -> None:
 def check_optimizer(state: Any, parameters: Mapping[Any, nn.Parameter]) -> None:
     """The optimizer's state by parameter (number or name): buffers of the parameter's shape, finite, and counts of steps."""
     if not isinstance(state, dict) or not all(isinstance(buffers, dict) for buffers in state.values()):
-        raise ValueError("its optimizer's state is no table of buffers")
+        raise ValueError("its optimizer's state is not a table of buffers")
     for key, buffers in state.items():
         if key not in parameters:
             raise ValueError(f"its optimizer's state is of another network: it has a parameter {key!r:.40}")
@@ -68,7 +68,7 @@ def check_published_optimizer(optimizer: Any) -> None:
         isinstance(group, dict) and isinstance(group.get("params"), list) and all(type(key) is int for key in group["params"])
         for group in groups)
     if not sound or not all(isinstance(buffers, dict) for buffers in optimizer["state"].values()):
-        raise ValueError("its optimizer's state is no table of buffers")
+        raise ValueError("its optimizer's state is not a table of buffers")
 
 
 def check_random_state(state: Any) -> None:
@@ -76,11 +76,11 @@ def check_random_state(state: Any) -> None:
     if state is None:
         return
     if not isinstance(state, dict) or not isinstance(state.get("cuda"), list):
-        raise ValueError("its random_state is no table of generators' states")
+        raise ValueError("its random_state is not a table of generators' states")
     check_generator_state(state.get("cpu"))
     others = state.get("others", [])
     if not isinstance(others, list) or any(other is None or "others" in other for other in others):
-        raise ValueError("its random_state is no table of generators' states")
+        raise ValueError("its random_state is not a table of generators' states")
     for other in others:
         check_random_state(other)
 
@@ -108,7 +108,7 @@ def check_partial_epoch(state: Any) -> None:
         return
     counts = [state["iteration"], state["skipped"], *state["shape"]]
     if any(type(count) is not int or not 0 <= count <= MOST_SAMPLES for count in counts) or state["iteration"] < 1:
-        raise ValueError("its epoch's counts are no whole numbers")
+        raise ValueError("its epoch's counts are not whole numbers")
     losses, hits = state["metrics"]["losses"], state["metrics"]["hits"]
     sums = [*state["tally"].values(), *state["residuals"], state["metrics"]["count"]]
     if losses.dim() != 1 or hits.shape != (2,) or not all(type(number) in (int, float) for number in sums):

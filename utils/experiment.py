@@ -138,7 +138,7 @@ def build_network(recipe: Recipe, args: Namespace) -> FeedbackSNN:
     """The network that the recipe and the flags describe, on the CPU."""
     return recipe.network(classes=recipe.datasets[args.dataset], neuron=make_neuron(args.vth, args.leaky),
                           time_steps=args.time_step, dropout=args.dropout,
-                          solver=BackwardSolver(args.solver, args.tol, args.threshold), jacobian_bn=args.jacobian_bn,
+                          solver=BackwardSolver(args.solver, args.tol, args.max_iterations), jacobian_bn=args.jacobian_bn,
                           bf16_products=set_precision(args.precision),
                           surrogate=SURROGATES[args.surrogate] if args.gradient == "bptt" else None,
                           feedback_norm=args.feedback_norm)

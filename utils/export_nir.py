@@ -133,7 +133,7 @@ def single_layer_network(checkpoint: Checkpoint, path: Path, settings: Dict[str,
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--resume", required=True, metavar="FILE", help="the checkpoint")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the HDF5 file to write, by custom *.nir")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the HDF5 file to write, conventionally *.nir")
     parser.add_argument("--dt", type=real(above=0), default=DT, help=f"seconds of a time step (default: {DT})")
     trained = "(default: what the checkpoint was trained with)"
     parser.add_argument("-t", "--time_step", "--time-step", type=whole(1), help=f"time steps T {trained}")

@@ -91,10 +91,10 @@ def _warn(state: EpochState) -> None:
     tally = state.tally
     if tally.not_converged > MOST_UNCONVERGED * tally.solves:
         cprint(f"warning: {tally.not_converged} of {tally.solves} backward solves did not converge, so gradients are inexact; "
-               "raise --threshold or --tol, or lower --lr", "yellow", flush=True)
+               "raise --max-iterations or --tol, or lower --lr", "yellow", flush=True)
     if state.residuals and not state.mean_residual <= LARGEST_MEAN_RESIDUAL:  # It may be no number.
-        cprint(f"warning: firing rates are {state.mean_residual:.2f} of their size away from the equilibrium that the gradient is "
-               "that of; raise --time_step", "yellow", flush=True)
+        cprint(f"warning: firing rates are far from their equilibrium (relative residual {state.mean_residual:.2f}), so gradients are "
+               "inexact; raise --time_step", "yellow", flush=True)
     if state.skipped:
         cprint(f"warning: {state.skipped} batches were skipped, as their loss or currents were not finite", "yellow", flush=True)
 

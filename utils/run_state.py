@@ -17,8 +17,8 @@ from utils.optimizer import make_optimizer
 
 # Flags that change what a trained network computes; and those that say where a run is and what is shown of it, and nothing of its result.
 OF_A_PASS = {"vth", "leaky", "time_step", "feedback_norm", "precision"}
-NOT_OF_THE_RESULT = {"checkpoint", "checkpoint_every", "evaluate", "firing_rate", "manualSeed", "path", "resume", "start_epoch", "tensorboard",
-                     "workers"}
+NOT_OF_THE_RESULT = {"checkpoint", "checkpoint_every", "evaluate", "firing_rate", "manualSeed", "path", "resume", "start_epoch",
+                     "tensorboard", "workers"}
 
 
 class RunState:
