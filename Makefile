@@ -38,7 +38,7 @@ checkpoints: .venv/ready  ## train a small F400 and F64C5 to try evaluation, rat
 run-full: fashion-mnist  ## the paper's recipe: F400 on Fashion-MNIST, 100 epochs
 	@$(PY) fmnist_mlp.py -c checkpoints/fmnist_f400 --firing-rate
 
-test: fashion-mnist .venv/triton  ## run all tests
+test: fashion-mnist .venv/triton  ## run the tests
 	@$(PY) -m pytest -q tests
 
 # PyTorch's CUDA builds bring Triton. Beside a CPU build it lies apart, for the test of its kernel in its interpreter alone, as every

@@ -3,7 +3,7 @@
     python -m benchmarks.epoch [--pairs 3] [--path ./data]
 
 The two take turns, each in a process of its own. The project's epoch, a tenth as long as the yardstick's, is timed before and after that
-one, and the mean counts, as a shared machine's speed changes within seconds. An epoch is training on 60,000 samples, testing on 10,000,
+one, and the mean counts, as a machine's speed changes within seconds. An epoch is training on 60,000 samples, testing on 10,000,
 and what each does to the data per epoch. The floor is the time that the project's multiply-adds take at the rate of the machine's own
 float32 matrix products, measured in each turn.
 """

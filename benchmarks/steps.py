@@ -6,7 +6,7 @@
 Project and yardstick take turns on the same batch of real images with the same weights: those of a checkpoint (--trained), or, after
 a short training here, weights on the way there; firing rates and the solves' products, and so the times, are those of that network.
 The floor is the time that the project's multiply-adds, done densely, take at the rate of the device's own matrix products, measured in
-every turn. On a GPU each precision has its rows; the yardstick of bf16 rows has PyTorch's own default there, tf32 convolutions.
+every turn. On a GPU each precision has its rows; the yardstick of bf16 rows has tf32 products.
 """
 
 import argparse

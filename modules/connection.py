@@ -35,10 +35,15 @@ class Connection(nn.Module):
         super().__init__()
         if linear.bias is None:
             raise ValueError("a connection's linear map has a bias: build it with bias=True")
-        self.linear, self.map = linear, LinearMap.of(linear)
+        self.linear = linear
         unit_norm_filters_(linear.weight, self.map.filter_dim())
         nn.init.zeros_(linear.bias)
         self.norm = nn.BatchNorm1d(linear.out_features) if isinstance(linear, nn.Linear) else nn.BatchNorm2d(linear.out_channels)
+
+    @property
+    def map(self) -> LinearMap:
+        """The linear map that `linear` applies, which may have been replaced. Raises ValueError where it is of no kind that is known."""
+        return LinearMap.of(self.linear)
 
     def output_shape(self, input_shape: Sequence[int]) -> tuple:
         """Shape of one sample's output for one sample's input, both without the batch dimension."""

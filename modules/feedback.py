@@ -109,7 +109,7 @@ class Feedback(nn.Module):
         if self.training:
             self._store(u, v)
         if self.operator_input is not None:
-            sigma = (u * self.map(v[None], self.w)[0]).sum()
+            sigma = (u * self.map(v[None], self.w)[0]).sum().clamp_min(torch.finfo(self.w.dtype).tiny)
             return self.w * (self.g.clamp(-1, 1) / sigma)
         return _SpectralNormalise.apply(self.w, self.g, sigma, u, v)
 

@@ -43,8 +43,9 @@ def rate(connection: "Connection", neuron: Neuron, x: Tensor, mask: Optional[Ten
     with torch.no_grad():
         value, saturated = SaturatedNorm.at(connection.linear_part(x), norm, mask, neuron.threshold)
         norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(saturated.mean, norm.momentum)
-        norm.running_var.lerp_(saturated.variance, norm.momentum)
+        # As by PyTorch's batch norm, autograd is not told: another pass may have saved them, which needs no values of theirs in training.
+        norm.running_mean.data.lerp_(saturated.mean, norm.momentum)
+        norm.running_var.data.lerp_(saturated.variance, norm.momentum)
     return _Rate.apply(value, x, linear.weight, linear.bias, norm.weight, norm.bias, connection.map, saturated, source), saturated
 
 

@@ -4,6 +4,7 @@ At a = f(a, θ) the loss's gradient g = ∂L/∂a reaches the parameters as vᵀ
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -46,21 +47,28 @@ class SolveTally:
 class BackwardSolver:
     """Solves v = g + Jᵀ v from v = g to a relative residual `tol`, in at most `max_iterations` products with Jᵀ.
 
-    A residual of 1e-3 gives the parameters' gradient to about 5e-4, less than what stands between the rates after T steps and
+    A residual of 1e-3 gives the parameters' gradient to about 1e-3, less than what stands between the rates after T steps and
     the true equilibrium. `tally` counts the solves and those that did not converge. On a CPU, the samples of a single-layer network,
     which are independent, are solved one by one by a C kernel to the same joint residual; the iterations counted are then their mean.
     Where synchronised batch norms couple the samples of several processes, these solve together, and the first one counts it.
     """
 
     def __init__(self, method: str = "anderson", tol: float = 1e-3, max_iterations: int = 30):
-        if method not in METHODS:
-            raise ValueError(f"unknown solver {method!r}: choose one of {', '.join(METHODS)}")
-        if not tol > 0 or max_iterations < 1:
-            raise ValueError("a solver needs a tolerance above 0 and at least one iteration")
         self.method, self.tol, self.max_iterations = method, tol, max_iterations
+        self._check_settings()
         self.tally = SolveTally()
 
+    def _check_settings(self) -> None:
+        """Raises ValueError where the method is unknown, the tolerance not above 0, or the most iterations no whole number from 1."""
+        if self.method not in METHODS:
+            raise ValueError(f"unknown solver {self.method!r}: choose one of {', '.join(METHODS)}")
+        if not self.tol > 0 or not isinstance(self.max_iterations, Integral) or self.max_iterations < 1:
+            raise ValueError(f"a solver needs a tolerance above 0 and a whole number of iterations, at least one, not {self.tol} and "
+                             f"{self.max_iterations}")
+
     def __call__(self, vjp: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+        """v for g = `gradient`, of its shape (batch, *last layer's shape) and dtype; `vjp` is v ↦ Jᵀ v. Raises ValueError as __init__ does."""
+        self._check_settings()  # They may have been changed.
         kind = gradient.device.type
         if torch.is_autocast_enabled(kind):  # where somebody calls backward() under it
             with torch.autocast(kind, enabled=False):

@@ -1,6 +1,7 @@
 /* Event-driven linear maps on a CPU, float32: a product touches the weight rows of the units that spiked and no others. */
 #include "native.h"
 
+#include <pthread.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -12,6 +13,13 @@
 #define STAYS 131072 /* floats of a map that stay in a core's second-level cache, about */
 #define GROUP 8 /* samples that a thread takes through a panel together, so that its rows stay in the cache */
 
+static pthread_key_t scratch_key; /* frees a thread's scratch when the thread ends */
+
+__attribute__((constructor)) static void make_scratch_key(void)
+{
+    pthread_key_create(&scratch_key, give_lines);
+}
+
 void *thread_scratch(size_t bytes)
 {
     static _Thread_local char *memory;
@@ -20,6 +28,7 @@ void *thread_scratch(size_t bytes)
         give_lines(memory);
         memory = take_lines(bytes);
         size = memory ? bytes : 0;
+        pthread_setspecific(scratch_key, memory);
     }
     return memory;
 }

@@ -1,5 +1,6 @@
 """The feedback spiking network: one class that simulates T time steps and evaluates its equilibrium map."""
 
+import math
 from contextlib import nullcontext
 from numbers import Integral
 from typing import List, Optional, Sequence, Tuple
@@ -112,6 +113,8 @@ class FeedbackSNN(nn.Module):
                 return Pass(self._unroll(x, mean_input, current, weight, masks, observe))
             rate, feedback = self._simulated(x, mean_input, current.detach(), weight.detach(), masks, observe)
             if not torch.is_grad_enabled():
+                if any(connection.norm.training for connection in self.hidden):
+                    self.equilibrium_map(rate, current, weight, masks)  # The running statistics advance, as always in training mode.
                 return Pass(rate)
             return Pass(rate, *self._equilibrium(rate, current, weight, masks, feedback))
 
@@ -264,8 +267,8 @@ class FeedbackSNN(nn.Module):
             raise ValueError(f"time_steps is a whole number of at least 1, not {self.time_steps}")
         if not 0 <= round(self.dropout * 65536) < 65536:
             raise ValueError(f"dropout is the fraction of units that is dropped, from 0 to below 1, not {self.dropout}")
-        if not (self.neuron.threshold > 0 and 0 <= self.neuron.leak <= 1):
-            raise ValueError(f"a neuron's threshold is above 0 and its leak from 0 to 1, not {self.neuron.threshold} and "
+        if not (0 < self.neuron.threshold < math.inf and 0 <= self.neuron.leak <= 1):
+            raise ValueError(f"a neuron's threshold is above 0 and finite and its leak from 0 to 1, not {self.neuron.threshold} and "
                              f"{self.neuron.leak}")
 
     def _check_input(self, x: Tensor) -> None:
@@ -274,5 +277,7 @@ class FeedbackSNN(nn.Module):
         if wrong_shape or (self.events and x.shape[0] != self.time_steps):
             expected = (f"(T={self.time_steps}, batch" if self.events else "(batch") + "".join(f", {n}" for n in self.input_shape) + ")"
             raise ValueError(f"the network takes an input of shape {expected}, not {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"the network takes an input of floating-point numbers, not of {x.dtype}: call x.float() first")
         if self.batch_size(x) == 0:
             raise ValueError("the network takes a batch of at least one sample")

@@ -153,7 +153,11 @@ class Iteration:
         return Reading(self.products.norm(self.difference) / self.scale)
 
     def propose(self) -> None:
+        """Raises ValueError where the method has changed x in place, which may be the best so far, or returns something else than an x."""
+        version = self.visited._version
         self.x = self.proposer.propose(self.visited, self.mapped, self.difference)
+        if self.visited._version != version or not isinstance(self.x, Tensor) or self.x.shape != self.visited.shape:
+            raise ValueError(f"{type(self.proposer).__name__}.propose returns the next x, a new tensor of the same shape, and leaves x as it is")
 
 
 @torch.no_grad()

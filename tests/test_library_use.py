@@ -8,9 +8,14 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from modules.feedback import power_iteration
+from modules.connection import Connection
+from modules.feedback import Feedback, power_iteration
+from modules.implicit import BackwardSolver
+from modules.network import FeedbackSNN
 from modules.neuron import Neuron
+from modules.solvers import METHODS
 from modules.synchronised_norm import SynchronisedBatchNorm
+from modules.zoo import f64c5_mnist
 from tests.networks import KINDS, small_network
 
 
@@ -132,3 +137,93 @@ def test_tracing_is_refused():
 def test_a_batch_norm_that_several_processes_cannot_share_is_refused(lacking):
     with pytest.raises(ValueError, match="affine=True, track_running_stats=True and a number for momentum"):
         SynchronisedBatchNorm.of(nn.BatchNorm1d(3, **lacking))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_advance_in_training_mode_without_a_gradient_too(kind):
+    """As torch.optim.swa_utils.update_bn counts on."""
+    network, x = small_network(kind)
+    network, x = network.float(), x.float()
+    other = copy.deepcopy(network)
+    logits = network(x)
+    with torch.no_grad():
+        assert torch.equal(other(x), logits)
+    for (name, buffer), its_buffer in zip(network.named_buffers(), other.buffers()):
+        torch.testing.assert_close(its_buffer, buffer, msg=name)
+    assert all(module.num_batches_tracked == 1 for module in other.modules() if hasattr(module, "num_batches_tracked"))
+
+
+def test_a_feedback_of_zeros_under_the_operators_norm():
+    network = f64c5_mnist(4, size=8, neuron=Neuron(0.5, 0.9), time_steps=5, feedback_norm="operator")
+    x, without = torch.randn(3, 1, 8, 8), copy.deepcopy(network)
+    with torch.no_grad():
+        network.feedback.w.zero_()
+        without.feedback.g.zero_()
+    torch.testing.assert_close(network(x), without(x))
+
+
+class InPlace:
+    def propose(self, x, mapped, residual):
+        return x.add_(residual)
+
+
+class Flattened:
+    def propose(self, x, mapped, residual):
+        return mapped.flatten()
+
+
+class Nothing:
+    def propose(self, x, mapped, residual):
+        pass
+
+
+@pytest.mark.parametrize("method", [InPlace, Flattened, Nothing])
+def test_a_solver_that_proposes_no_new_x_is_refused(method, monkeypatch):
+    monkeypatch.setitem(METHODS, "own", method)
+    network, x = small_network("convolutional", method="own")
+    with pytest.raises(ValueError, match=f"{method.__name__}.propose returns the next x"):
+        network(x).sum().backward()
+
+
+@pytest.mark.parametrize("setting, value", [("method", "none"), ("tol", -1), ("tol", float("nan")), ("max_iterations", 2.5),
+                                            ("max_iterations", 0)])
+def test_a_solvers_settings_are_checked_when_it_serves(setting, value):
+    network, x = small_network("dense")
+    setattr(network.solver, setting, value)
+    with pytest.raises(ValueError, match="solver"):
+        network(x).sum().backward()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(7, 7), lambda: nn.Conv2d(4, 4, 3, padding=1)])
+def test_one_connection_in_two_places(make):
+    torch.manual_seed(0)
+    connection, shape = Connection(make()), (7,) if isinstance(make(), nn.Linear) else (4, 6, 6)
+    feedback = make()
+    feedback.register_parameter("bias", None)
+    network = FeedbackSNN(shape, connection, [connection], Feedback(feedback), 3, Neuron(0.6, 0.9), 8, solver=BackwardSolver(tol=1e-6))
+    x, exact = torch.randn(6, *shape), copy.deepcopy(network).double()
+    for name, gradient in gradients(exact, x.double()).items():
+        own = gradients(copy.deepcopy(network), x)[name].double()
+        assert (own - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, name
+
+
+def test_a_part_of_another_geometry_in_a_parts_place():
+    network, x = small_network("multi-layer", tol=1e-9, max_iterations=100)
+    old = network.hidden[2].linear
+    other = nn.Conv2d(old.in_channels, old.out_channels, 5, padding=2).double()
+    network.hidden[2].linear = other
+    built = copy.deepcopy(network)
+    built.hidden[2] = Connection(copy.deepcopy(other))
+    built.hidden[2].double().load_state_dict(network.hidden[2].state_dict())
+    for name, gradient in gradients(built, x).items():
+        torch.testing.assert_close(gradients(copy.deepcopy(network), x)[name], gradient, msg=name)
+    network.hidden[2].linear = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, padding_mode="circular").double()
+    with pytest.raises(ValueError, match="padding mode"):
+        network(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_inputs_that_are_no_floating_point_numbers_are_refused(dtype):
+    network, x = small_network("events")
+    with pytest.raises(ValueError, match="floating-point"):
+        network(x.to(dtype))

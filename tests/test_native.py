@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from modules.jacobian import Link, TransposedJacobian
 from modules.linear_map import LinearMap
 from modules.neuron import equilibrium_rate, make_neuron
 from modules.simulation import SpikingLayer, StaticInput, _expectations, simulate
-from modules.synapses import Synapses
 from modules.solvers import METHODS, Anderson, FixedPoint
+from modules.synapses import Synapses
+from modules.zoo import f64c5_mnist
 from tests import naive
 from tests.networks import KINDS, explicit_masks, small_network
 
@@ -366,3 +369,23 @@ def test_the_gradient_in_events_through_a_frozen_connection(monkeypatch):
         gradients.append(own.grad)
     assert gradients[1].norm() > 0
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read where Linux tells it")
+def test_a_thread_that_ends_leaves_no_memory_behind():
+    network = f64c5_mnist(32, neuron=make_neuron(0.5, 0.9), time_steps=3).eval()
+    x = torch.randn(4, 1, 28, 28)
+
+    @torch.no_grad()
+    def evaluate():
+        torch.set_num_threads(1)  # in this thread alone
+        network(x)
+
+    def megabytes_after(threads):
+        for _ in range(threads):
+            thread = threading.Thread(target=evaluate)
+            thread.start()
+            thread.join()
+        return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+    first = megabytes_after(10)
+    assert megabytes_after(60) < first + 12
