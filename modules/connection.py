@@ -28,7 +28,8 @@ class Connection(nn.Module):
     """I = mask · BN(W x + b), from (batch, *input_shape) to (batch, *output_shape).
 
     Calling the module follows its mode as any PyTorch module does: statistics of the batch, with running statistics
-    updated, in training; running statistics in evaluation. A simulation holds the statistics fixed (`frozen`).
+    updated, in training; running statistics in evaluation. A simulation holds the statistics fixed (`frozen`). Raises ValueError where
+    `linear` has no bias, and as `LinearMap.of` does.
     """
 
     def __init__(self, linear: Union[nn.Linear, nn.Conv2d, nn.ConvTranspose2d]):
@@ -94,7 +95,7 @@ class Connection(nn.Module):
         """The connection as a fixed affine map, batch norm folded into weight and bias, for use at every time step.
 
         It normalises with the running statistics, or, where an input `statistics_of` is given, with the mean and biased
-        variance of that input's linear part. No running statistic changes.
+        variance of that input's linear part. No running statistic changes. Raises ValueError where there are none to go by.
         """
         norm = self.norm
         mean, variance = norm.running_mean, norm.running_var

@@ -54,7 +54,7 @@ class Feedback(nn.Module):
     """B = clamp(g, −1, 1) · w / σ(w), applied as a dense, convolutional or transposed convolutional map.
 
     σ(w) is the largest singular value of w reshaped to (w.shape[0], −1), estimated as uᵀ W v. The template `linear`
-    gives the kind of map, its weight's shape and its stride and padding; it must have no bias.
+    gives the kind of map, its weight's shape and its stride and padding. Raises ValueError where it has a bias, and as `LinearMap.of` does.
 
     For a convolution that σ is not the norm of the operator, which can be several times larger. After `bound_operator`, σ(w) is the
     largest singular value of the operator itself, by power iteration on layers instead of on the reshaped weight.

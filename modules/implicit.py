@@ -50,7 +50,8 @@ class BackwardSolver:
     A residual of 1e-3 gives the parameters' gradient to about 1e-3, less than what stands between the rates after T steps and
     the true equilibrium. `tally` counts the solves and those that did not converge. On a CPU, the samples of a single-layer network,
     which are independent, are solved one by one by a C kernel to the same joint residual; the iterations counted are then their mean.
-    Where synchronised batch norms couple the samples of several processes, these solve together, and the first one counts it.
+    Where synchronised batch norms couple the samples of several processes, these solve together, and the first one counts it. Raises
+    ValueError for an unknown method, a tolerance of 0 or less, and less than one iteration.
     """
 
     def __init__(self, method: str = "anderson", tol: float = 1e-3, max_iterations: int = 30):
@@ -67,8 +68,11 @@ class BackwardSolver:
                              f"{self.max_iterations}")
 
     def __call__(self, vjp: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
-        """v for g = `gradient`, of its shape (batch, *last layer's shape) and dtype; `vjp` is v ↦ Jᵀ v. Raises ValueError as __init__ does."""
-        self._check_settings()  # They may have been changed.
+        """v for g = `gradient`, of its shape (batch, *last layer's shape) and dtype; `vjp` is v ↦ Jᵀ v.
+
+        Raises ValueError as __init__ does, as settings may have been changed.
+        """
+        self._check_settings()
         kind = gradient.device.type
         if torch.is_autocast_enabled(kind):  # where somebody calls backward() under it
             with torch.autocast(kind, enabled=False):

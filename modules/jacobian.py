@@ -109,6 +109,7 @@ class TransposedJacobian:
 
     @torch.no_grad()
     def __call__(self, v: Tensor) -> Tensor:
+        """Jᵀ v, of v's shape (batch, *last layer's shape) and dtype."""
         # Nothing else holds the values on the way: they may be overwritten, and each is freed as soon as the next one is there.
         v = v.clone(memory_format=torch.channels_last if v.dim() == 4 else torch.contiguous_format)
         for link, (map, weight) in zip(reversed(self.links), reversed(self.adjoints)):

@@ -26,7 +26,10 @@ class LinearMap(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module) -> "LinearMap":
-        """The map that an nn.Linear, nn.Conv2d or nn.ConvTranspose2d applies; the last two without groups, dilation or another padding."""
+        """The map that an nn.Linear, nn.Conv2d or nn.ConvTranspose2d applies.
+
+        Raises ValueError for groups, dilation and another padding than that of a number of zeros.
+        """
         if isinstance(module, nn.Linear):
             return cls("dense")
         if (module.groups, module.dilation, module.padding_mode) != (1, (1, 1), "zeros") or isinstance(module.padding, str):
@@ -36,6 +39,7 @@ class LinearMap(NamedTuple):
         return cls("transposed", module.stride, module.padding, module.output_padding)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        """W x + b, (batch, *output shape), for x (batch, *input shape)."""
         if self.kind == "dense":
             return F.linear(x, weight, bias)
         if not self._needs_workspace(x):

@@ -39,6 +39,8 @@ class FeedbackSNN(nn.Module):
     ‖f(a) − a‖ over the batch, relative to the larger of ‖a‖ and ‖f(a)‖, a tensor () on the network's device.
     On a CUDA device passes are captured in graphs and replayed (modules/graphed.py) unless `uses_graphs` is set to False.
     `feedback_norm` says which norm of the feedback is bounded: that of its weight as a matrix (the paper's) or the "operator"'s.
+    Every layer has the same `neuron` and runs for `time_steps` T; `dropout` is the probability that a mask drops a unit, from 0 to below 1;
+    the readout has `classes` outputs. Raises ValueError for connections that don't fit together, and for unknown words.
     """
 
     def __init__(self, input_shape: Sequence[int], input: Connection, hidden: Sequence[Connection], feedback: Feedback,
@@ -76,7 +78,8 @@ class FeedbackSNN(nn.Module):
     def forward(self, x: Tensor, observe: Optional[Observer] = None) -> Tensor:
         """Logits (batch, classes). `observe` is passed on to the simulation.
 
-        Raises ValueError where the input is of another shape, or a setting of the network makes no sense.
+        Raises ValueError where the input is empty, of another shape or not of floating-point numbers, or a setting of the network makes
+        no sense, and RuntimeError under torch.jit.trace.
         """
         if torch.jit.is_tracing():
             raise RuntimeError("a feedback network can't be traced: how long it is simulated and solved depends on values")

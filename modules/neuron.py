@@ -61,7 +61,10 @@ class NeuronState(NamedTuple):
 
 
 def make_neuron(threshold: float, leak: float) -> Neuron:
-    """A neuron from the command line's values, where any leak ≥ 1 or ≤ 0 stands for the IF model."""
+    """A neuron from the command line's values, where any leak ≥ 1 or ≤ 0 stands for the IF model.
+
+    Raises ValueError where the threshold is not above 0.
+    """
     if not threshold > 0:
         raise ValueError(f"the firing threshold must be above 0, not {threshold}")
     return Neuron(threshold, leak if 0 < leak < 1 else 1.0)

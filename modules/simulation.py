@@ -18,6 +18,7 @@ FIRST_EXPECTATION = 3
 MOST_COUNTED = 255  # steps, in the uint8 of SpikingLayer.count
 # On a CPU the samples are simulated in chunks whose state stays in the processor's cache, or which give each thread two groups of eight.
 CHUNK_BYTES = 8 * 2**20
+FLOATS_OF_A_UNIT = 4  # about: its potential, its current and what is expected of its source
 LEAST_CHUNK_PER_THREAD = 16
 # The Triton kernels number a layer's units with 32 bits.
 MOST_UNITS = 2**31 - 1
@@ -132,6 +133,7 @@ class SpikingLayer:
         self.potential.masked_fill_(mask == 0, -math.inf)
 
     def rate(self) -> Tensor:
+        """The firing rate over the steps so far, of the layer's shape (batch, …)."""
         return self.total / rate_normaliser(self.steps, self.neuron.leak)
 
 
@@ -142,9 +144,11 @@ class StaticInput:
         self.current = kernel_layout(current)
 
     def at(self, t: int) -> Tensor:
+        """The current at step t."""
         return self.current
 
     def part(self, samples: slice) -> "StaticInput":
+        """That of some of the samples."""
         return StaticInput(self.current[samples])
 
     def __len__(self) -> int:
@@ -160,12 +164,14 @@ class EventInput:
         self.rate = x.count_nonzero().item() / x.numel() if rate is None and self.native else rate
 
     def at(self, t: int) -> Tensor:
+        """The current at step t (batch, *first layer's shape)."""
         events = self.synapses.event_driven(self.rate) if self.native else None
         current = self.synapses(self.x[t]) if events is None else native.product(events, kernel_layout(self.x[t]))
         current = kernel_layout(current.to(self.synapses.dtype))
         return current if self.mask is None else current.mul_(self.mask)
 
     def part(self, samples: slice) -> "EventInput":
+        """That of some of the samples."""
         return EventInput(self.x[:, samples], self.synapses, None if self.mask is None else self.mask[samples], self.rate)
 
     def __len__(self) -> int:
@@ -202,7 +208,7 @@ def simulate(loop: Loop, input: "StaticInput | EventInput", time_steps: int, obs
             return rate
     chunk = len(input)
     if loop.feedback.native and observe is None:
-        state_bytes = 4 * 4 * sum(torch.Size(shape).numel() for shape in loop.shapes)
+        state_bytes = 4 * FLOATS_OF_A_UNIT * sum(torch.Size(shape).numel() for shape in loop.shapes)
         chunk = max(LEAST_CHUNK_PER_THREAD * torch.get_num_threads(), CHUNK_BYTES // state_bytes)
     elif loop.feedback.weight.is_cuda:
         chunk = min(chunk, MOST_UNITS // max(torch.Size(shape).numel() for shape in loop.shapes))

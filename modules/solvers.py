@@ -38,6 +38,7 @@ class FixedPoint:
     """x ← map(x), the Neumann series for a linear map; converges only where the spectral radius is below 1."""
 
     def propose(self, x: Tensor, mapped: Tensor, residual: Tensor) -> Tensor:
+        """The next x, a new tensor, from x, map(x) and map(x) − x, all of one shape and dtype; so do the other methods'."""
         return mapped
 
 
@@ -157,7 +158,8 @@ class Iteration:
         version = self.visited._version
         self.x = self.proposer.propose(self.visited, self.mapped, self.difference)
         if self.visited._version != version or not isinstance(self.x, Tensor) or self.x.shape != self.visited.shape:
-            raise ValueError(f"{type(self.proposer).__name__}.propose returns the next x, a new tensor of the same shape, and leaves x as it is")
+            raise ValueError(f"{type(self.proposer).__name__}.propose returns the next x, a new tensor of the same shape, and leaves x as "
+                             "it is")
 
 
 @torch.no_grad()
@@ -171,8 +173,10 @@ def solve(map: Callable[[Tensor], Tensor], start: Tensor, method: str = "anderso
 
     With `ahead`, by default on a GPU alone, the next x is proposed before the residual is read, so that the device has that to work on
     while the host decides. `products` says whether the vectors are joint ones of several processes, which then visit the same x and
-    stop together; the method finds it in its attribute `products`.
+    stop together; the method finds it in its attribute `products`. Raises ValueError for an unknown method.
     """
+    if method not in METHODS:
+        raise ValueError(f"unknown solver {method!r}: choose one of {', '.join(METHODS)}")
     return iterate(Iteration(map, start, method, products), start, tol, max_iterations, start.is_cuda if ahead is None else ahead)
 
 

@@ -30,6 +30,7 @@ class Synapses:
         self._events: Optional[EventMap] = None
 
     def __call__(self, spikes: Tensor) -> Tensor:
+        """W s + b (batch, *output shape) for spikes or rates s (batch, *input_shape)."""
         return self.map(spikes, self._factor, self.bias)
 
     def product(self, spikes: Tensor) -> Tensor:
@@ -67,6 +68,7 @@ class Synapses:
         return kernel_layout(self.weight.to(product_dtype(self.weight))) if self.weight.is_cuda else self.weight
 
     def scaled(self, factor: Tensor) -> "Synapses":
+        """The same map times a number, a tensor ()."""
         return Synapses(self.map, self.weight * factor, None if self.bias is None else self.bias * factor, self.input_shape)
 
     def equilibrium(self, current: Tensor, rates: Tensor, weight: Tensor, mask: Optional[Tensor],

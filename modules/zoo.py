@@ -10,7 +10,7 @@ from modules.network import FeedbackSNN
 
 
 def f400(width: int = 400, inputs: int = 784, classes: int = 10, **settings) -> FeedbackSNN:
-    """F400: Linear 784→400 with Linear 400→400 feedback. `settings` are FeedbackSNN's: neuron, time_steps, dropout, solver."""
+    """F400: Linear 784→400 with Linear 400→400 feedback. `settings` are FeedbackSNN's: neuron, time_steps, dropout, …"""
     return FeedbackSNN((inputs,), Connection(nn.Linear(inputs, width)), [], Feedback(nn.Linear(width, width, bias=False)),
                        classes, **settings)
 
