@@ -107,6 +107,10 @@ def test_the_solve_is_one_call(monkeypatch):
     assert compare(network, x, monkeypatch) == [True]
     (value, residual, products), = solves
     assert value.shape == (len(x), 40) and residual <= 1e-6 and products > 2
+    plain = copy.deepcopy(network)
+    plain.draw_masks, plain.solver = network.draw_masks, BackwardSolver(tol=1e-6, max_iterations=100)
+    step(plain, x, monkeypatch, fast=False)
+    assert products == pytest.approx(plain.solver.tally.iterations, rel=0.3), "the mean over the samples"
     assert network.solver.tally.solves == 1 and network.solver.tally.iterations == products
 
 
@@ -131,10 +135,11 @@ def test_several_threads_give_the_same_numbers():
     lambda network: setattr(network.input, "linear", nn.Sequential(network.input.linear)),
     lambda network: setattr(network, "bf16_products", True),
     lambda network: network.input.norm.register_forward_hook(lambda *_: None),
+    lambda network: network.feedback.register_forward_hook(lambda *_: None),
     lambda network: setattr(network.input, "norm", nn.BatchNorm1d(40, affine=False)),
     lambda network: setattr(network.input, "linear", nn.Linear(23, 40, bias=False)),
 ], ids=["evaluation", "frozen batch norm", "float64", "synchronised batch norm", "neuron", "momentum", "linear", "bfloat16", "hook",
-        "no weight in the batch norm", "no bias"])
+        "hook on the feedback",        "no weight in the batch norm", "no bias"])
 def test_what_it_does_not_know_runs_module_by_module(change, monkeypatch):
     network, x = network_and_input()
     change(network)
@@ -222,3 +227,9 @@ def test_what_the_backward_pass_needs_may_not_have_changed(change):
             parameter.data = parameter.data.clone()
     with pytest.raises(RuntimeError, match="inplace operation|other memory"):
         loss.backward()
+
+
+def test_a_single_sample_gets_pytorchs_message():
+    network, x = network_and_input(batch=1, dropout=0.0)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        network(x)

@@ -139,3 +139,17 @@ def test_operator_norm_in_a_network_leaves_the_matrix_norms_checkpoints_as_they_
     assert torch.equal(again.feedback.normalised_weight(), bounded.feedback.normalised_weight())
     with pytest.raises(ValueError, match="feedback_norm"):
         f64c5_mnist(3, **settings, feedback_norm="none")
+
+
+@pytest.mark.parametrize("kind", FEEDBACKS)
+@pytest.mark.parametrize("operator", [True, False])
+def test_a_gain_above_one_is_one(kind, operator):
+    build, last, _ = FEEDBACKS[kind]
+    feedback, weights = Feedback(build()).eval(), []
+    if operator:
+        feedback.bound_operator(last)
+    for g in (1.0, 1.5, -1.0, -7.0):
+        with torch.no_grad():
+            feedback.g.fill_(g)
+        weights.append(feedback.normalised_weight())
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[2], weights[3]) and weights[0].abs().max() > 0

@@ -7,7 +7,7 @@ import torch
 
 from modules import gpu
 from modules.across_processes import InnerProducts
-from modules.graphed import GraphedPasses
+from modules.graphed import GraphedPasses, _kind
 from modules.graphed_solve import _GraphedIteration, refined
 from modules.neuron import Neuron, make_neuron
 from modules.solvers import Iteration
@@ -296,13 +296,17 @@ def of_each_norm(**settings):
     return change
 
 
+def other_memory(network):
+    network.input.linear.weight.data = 0.5 * network.input.linear.weight.data
+
+
 class Halved(Neuron):
     def step(self, current, state, fire):
         return super().step(current / 2, state, fire)
 
 
 CHANGES = {
-    "parameters": new_weight, "parameters that are other objects": other_parameters_in_the_same_memory,
+    "parameters": new_weight, "memory": other_memory, "parameters that are other objects": other_parameters_in_the_same_memory,
     "T": lambda network: setattr(network, "time_steps", 3), "evaluation": lambda network: network.eval(),
     "a frozen parameter": lambda network: network.feedback.g.requires_grad_(False),
     "one that no longer is": lambda network: network.feedback.w.requires_grad_(True),
@@ -387,3 +391,30 @@ def test_a_network_can_be_copied_with_its_graphs():
     copied = copy.deepcopy(network)
     assert isinstance(copied._graphed, GraphedPasses) and copied._graphed is not network._graphed
     torch.testing.assert_close(copied.eval()(x), network.eval()(x))
+
+
+def test_other_dropout_inference_and_deterministic_algorithms_are_other_kinds_of_pass():
+    network, x = small_network("dense", dropout=0.3)
+    kinds = [_kind(network, x)]
+    network.dropout = 0.2
+    kinds.append(_kind(network, x))
+    for without_gradients in (torch.no_grad, torch.inference_mode):
+        with without_gradients():
+            kinds.append(_kind(network, x))
+    torch.use_deterministic_algorithms(True)
+    try:
+        kinds.append(_kind(network, x))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(set(kinds)) == 5 and kinds[1] == _kind(network, x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replayed_pass_leaves_its_distance_from_equilibrium(kind, device):
+    pair, x = graphed_and_not(kind, device)
+    for scale in (1.0, 0.5):
+        for network in pair:
+            network.measures_residual = True
+            network(x * scale).sum().backward()
+        own, other = (network.residual.item() for network in pair)
+        assert own == pytest.approx(other, rel=1e-4) and 0 < own < 1

@@ -31,7 +31,8 @@ def dense(widths, **settings):
                        4, **settings)
 
 
-def network_and_input(make=alexnet_f, widths=(5, 17, 33, 8, 16), batch=6, size=8, leak=0.9, threshold=0.8, dropout=DROPOUT, **settings):
+def network_and_input(make=alexnet_f, widths=(5, 17, 33, 8, 16), batch=6, size=8, leak=0.9, threshold=0.8, dropout=DROPOUT, momentum=0.1,
+                      **settings):
     network = make(widths, **({} if make is dense else dict(size=size, classes=4)), neuron=make_neuron(threshold, leak), time_steps=7,
                    dropout=dropout, solver=BackwardSolver(tol=1e-6, max_iterations=100), **settings)
     with torch.no_grad():
@@ -40,6 +41,7 @@ def network_and_input(make=alexnet_f, widths=(5, 17, 33, 8, 16), batch=6, size=8
             connection.norm.weight.uniform_(0.3, 0.8).mul_(torch.rand(len(connection.norm.weight)).gt(0.2) * 2 - 1)
             connection.norm.bias.uniform_(-0.1, 0.5)
             connection.norm.running_mean.uniform_(-0.2, 0.2)
+            connection.norm.momentum = momentum
         network.feedback.g.fill_(0.5)
     masks = [torch.rand(batch, *shape).ge(dropout) / (1 - dropout) if dropout else None
              for shape in (*network.layer_shapes, network.layer_shapes[0])]
@@ -74,13 +76,30 @@ def compare(network, x, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(leak=1.0), dict(dropout=0.0), dict(threshold=2.0), dict(widths=(3, 4, 4, 3, 3)), dict(widths=(1, 70, 2, 40, 9), batch=1),
+    dict(), dict(leak=1.0), dict(dropout=0.0), dict(threshold=2.0), dict(momentum=0.3), dict(widths=(3, 4, 4, 3, 3)), dict(widths=(1, 70, 2, 40, 9), batch=1),
     dict(widths=(16, 64, 32, 48, 16), batch=13, size=12), dict(make=dense, widths=(9, 20, 33, 7), batch=50),
     dict(make=dense, widths=(9, 20, 33, 7), batch=3), dict(make=dense, widths=(30, 300, 200), batch=400),
 ], ids=str)
 def test_equals_the_layers_module_by_module(settings, monkeypatch):
     network, x = network_and_input(**settings)
     assert compare(network, x, monkeypatch) == 2 * len(network.hidden), "f and Jᵀ have a lap each"
+
+
+def test_a_current_that_is_the_threshold_itself_can_still_change(monkeypatch):
+    """As in PyTorch's clamp, the gradient passes there."""
+    network, x = network_and_input(dropout=0.0, threshold=1.0)
+    with torch.no_grad():
+        norm = network.hidden[1].norm
+        norm.weight[:4], norm.bias[:4] = 0, 1
+    compare(network, x, monkeypatch)
+    assert network.hidden[1].norm.bias.grad[:4].abs().min() > 0
+
+
+def test_another_neurons_rate_and_slope_are_masked():
+    drive, mask = torch.randn(3, 50), torch.rand(3, 50).ge(0.4) / 0.6
+    for own, expected in zip(OtherNeuron(0.7, 0.9).masked_equilibrium(drive, mask), Neuron(0.7, 0.9).masked_equilibrium(drive, mask)):
+        torch.testing.assert_close(own, expected)
+        assert 0 < own.count_nonzero() < mask.count_nonzero()
 
 
 def test_batch_norms_on_running_statistics_in_the_jacobian_are_left_to_pytorch(monkeypatch):

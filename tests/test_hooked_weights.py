@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
+from modules.hooks import has_hooks
 from tests.networks import KINDS, small_network
 
 
@@ -53,3 +54,16 @@ def test_older_norms_follow_their_parameters(norm, kind, recwarn):
         optimizer.step()
         origins = [parameter for name, parameter in network.named_parameters() if name.endswith(("_v", "_orig"))]
         assert len(origins) == len(weights_of(network)) and all(origin.grad.norm() > 0 for origin in origins)
+
+
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook",
+                                      "register_module_full_backward_hook", "register_module_full_backward_pre_hook"])
+def test_hooks_for_all_modules_are_seen(register):
+    module = torch.nn.Linear(2, 2)
+    assert not has_hooks(module)
+    handle = getattr(torch.nn.modules.module, register)(lambda *_: None)
+    try:
+        assert has_hooks(module)
+    finally:
+        handle.remove()
+    assert not has_hooks(module)

@@ -114,6 +114,14 @@ def test_equilibrium_of_a_layer_and_its_gradient_equal_the_plain_ones(module_and
         torch.testing.assert_close(own.grad, plain.grad, atol=3e-4, rtol=3e-4)
 
 
+def test_a_map_that_no_cache_holds_equals_the_dense_one():
+    """It goes through its kernel row by row, and adds up."""
+    module, x = nn.Conv2d(128, 128, 3, padding=1), (torch.rand(3, 128, 5, 6) < 0.2).float()
+    with torch.no_grad():
+        ours = native.product(event_map(LinearMap.of(module), module.weight, module.bias, x.shape[1:]), kernel_layout(x))
+        torch.testing.assert_close(ours.double(), module.double()(x.double()), atol=3e-5, rtol=3e-5)
+
+
 def test_outputs_that_see_no_input_have_the_bias_alone():
     for module in (nn.ConvTranspose2d(3, 40, 1, stride=3, output_padding=1), nn.Conv2d(3, 40, 2, padding=3)):
         spikes = kernel_layout(torch.ones(2, 3, 4, 4))
@@ -210,8 +218,9 @@ def test_chunks_and_whole_simulations_do_not_change_the_result(kind, training, e
     for module in ("simulation", "synapses"):
         monkeypatch.setattr(f"modules.{module}.EVENT_DRIVEN_BELOW", event_driven_below)
     network, x = small_network(kind, dropout=0.3, time_steps=14)
-    network, x = network.float().train(training), torch.cat([x.float()] * 4, dim=1 if network.events else 0)
-    masks = [torch.rand(20, *shape).ge(0.3) / 0.7 for shape in (*network.layer_shapes, network.layer_shapes[0])]
+    # Two chunks of seven samples and a last one of one.
+    network, x = network.float().train(training), torch.cat([x.float()] * 3, dim=1 if network.events else 0)
+    masks = [torch.rand(15, *shape).ge(0.3) / 0.7 for shape in (*network.layer_shapes, network.layer_shapes[0])]
     explicit_masks(network, masks if training else [None] * len(masks))
     with torch.no_grad():
         whole = copy.deepcopy(network)(x, observe=lambda t, layers: None)
@@ -316,6 +325,14 @@ def test_another_method_in_the_place_of_andersons_is_not_the_kernels(change, mon
     assert not torch.equal(v, by_kernel) and (v - by_kernel).norm() <= 1e-2 * by_kernel.norm()
 
 
+def test_the_products_of_a_layer_solve_are_counted_sample_by_sample():
+    """One of two samples has no gain, and is solved by its first product."""
+    weight, gradient, gain = torch.randn(30, 30) / 8, torch.randn(2, 30), 0.5 * (torch.arange(60) % 2).view(2, 30)
+    gain[1] = gradient[1] = 0
+    both, alone = (product_of(LinearMap("dense"), weight, gain[:count]).solve(gradient[:count], 1e-5, 100) for count in (2, 1))
+    assert alone.iterations > 3 and both.iterations == (alone.iterations + 1) / 2
+
+
 def test_layer_solve_that_does_not_converge_is_counted():
     weight, gradient = 6 * torch.randn(30, 30), torch.randn(4, 30)
     gain = torch.zeros(4, 30)
@@ -389,3 +406,16 @@ def test_a_thread_that_ends_leaves_no_memory_behind():
         return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
     first = megabytes_after(10)
     assert megabytes_after(60) < first + 12
+
+
+def test_another_header_is_another_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "_compile", lambda tuned, scratch: (scratch / "native.so").touch())
+    shutil.copytree(native._FOLDER, tmp_path / "modules", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    monkeypatch.setattr(native, "_FOLDER", tmp_path / "modules")
+    paths = []
+    for name in ("native.h", "native_norm.c"):
+        paths.append(native._build())
+        with open(tmp_path / "modules" / name, "a") as file:
+            file.write("/* changed */")
+    assert len({*paths, native._build()}) == 3

@@ -1,11 +1,12 @@
 """The project's SGD against its equations and against checkpoints of PyTorch's own."""
 
+from argparse import Namespace
 from functools import partial
 
 import pytest
 import torch
 
-from utils.optimizer import SGD
+from utils.optimizer import SGD, make_optimizer
 
 SHAPES = ((30, 20), (30,), ())
 
@@ -68,3 +69,11 @@ def test_a_step_without_any_gradient_changes_nothing():
     before = [parameter.detach().clone() for parameter in parameters]
     SGD(parameters, 0.1, 0.9).step()
     assert all(map(torch.equal, before, parameters))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_the_optimizer_is_the_command_lines(name):
+    network = torch.nn.Linear(3, 2)
+    settings = make_optimizer(network, Namespace(optimizer=name, lr=0.3, momentum=0.8, weight_decay=0.01)).param_groups[0]
+    assert (settings["lr"], settings["weight_decay"], settings["params"]) == (0.3, 0.01, list(network.parameters()))
+    assert settings["momentum"] == 0.8 if name == "SGD" else settings["betas"] == (0.9, 0.999)

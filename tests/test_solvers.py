@@ -8,7 +8,8 @@ import torch
 
 from modules.across_processes import InnerProducts
 from modules.graphed_solve import refined
-from modules.solvers import METHODS, Anderson, Iteration, solve
+from modules.implicit import SolveTally
+from modules.solvers import METHODS, Anderson, Iteration, Solution, solve
 
 
 def linear_problem(n=30, radius=0.7):
@@ -163,3 +164,27 @@ def test_anderson_keeps_no_more_than_its_memory():
         mapped = b + A @ x
         x = proposer.propose(x, mapped, mapped - x)
     assert len(proposer.mapped) == len(proposer.residuals) == Anderson.memory
+
+
+def test_a_tally_keeps_the_worst_residual():
+    tally = SolveTally()
+    for residual in (0.1, 0.5, 0.2):
+        tally.add(Solution(torch.zeros(1), residual, 3, residual < 0.3))
+    assert tally == SolveTally(solves=3, iterations=9, not_converged=1, worst_residual=0.5)
+
+
+def test_the_same_residual_twice_gives_finite_weights():
+    torch.testing.assert_close(Anderson()._weights(torch.ones(2, 2, dtype=torch.float64)), torch.full((2,), 0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_values_may_lie_in_another_order_than_x(method):
+    start, weight = torch.randn(3, 4, 5, 6, dtype=torch.float64), 0.05 * torch.randn(4, 4, 3, 3, dtype=torch.float64)
+
+    def solved(in_order):
+        def map(x):
+            return start + torch.nn.functional.conv2d(x, weight, padding=1).contiguous(memory_format=in_order)
+        return solve(map, start, method, 1e-8, 200)
+    usual, other = solved(torch.contiguous_format), solved(torch.channels_last)
+    assert usual.converged and other.iterations == usual.iterations
+    torch.testing.assert_close(other.value, usual.value)

@@ -15,6 +15,7 @@ from modules.hidden_layer import SaturatedNorm
 from modules.linear_map import LinearMap
 from modules.neuron import NeuronState, make_neuron, neuron_step, resting_state
 from modules.solvers import Anderson
+from modules.synapses import Synapses
 from tests.marks import needs_cuda, needs_interpreter, run_in_interpreter
 from tests.networks import explicit_masks, wide_network
 
@@ -38,6 +39,11 @@ def compare_neuron_step_with_pytorch(device):
             assert torch.equal(own.spikes, state.spikes)
             torch.testing.assert_close(own.total, expected_total)
         assert 0 < own.spikes.mean() < 1
+    at_threshold = State(*(torch.zeros(shape, device=device) for _ in range(3)))
+    for current, spikes in ((2.0, 1.0), (0.0, 0.0)):
+        kernel(torch.full(shape, current, device=device), None, None, None, at_threshold, 2.0, 1.0)
+        assert at_threshold.spikes.eq(spikes).all()
+    assert at_threshold.potential.eq(0).all(), "a potential at the threshold spikes, and is reset to 0"
 
 
 def drive_of(product, current, bias, mask, **_):
@@ -99,6 +105,19 @@ def compare_convolutions_with_pytorch(device):
             torch.testing.assert_close(total[clear].double(), sum_of_spikes[clear], atol=1e-5, rtol=1e-5)
 
 
+def compare_the_digits_of_a_precision(device):
+    """Three of a weight under fp32, which is 24 bits, and two under tf32 and bf16."""
+    from modules import triton_kernels
+    weight = torch.randn(32, 32, 3, 3, device=device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "kernels_for", lambda tensor: triton_kernels)
+        for tf32, bf16, digits in ((False, False, 3), (True, False, 2), (False, True, 2)):
+            patch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+            with torch.autocast(weight.device.type, torch.bfloat16, enabled=bf16):
+                packed = Synapses(LinearMap("convolutional", (1, 1), (1, 1)), weight, None, (32, 8, 8)).convolution
+            assert (packed.lowest is not None) == (digits == 3)
+
+
 def weight_of(packed):
     """The numbers that are written in a packed convolution, in float64 and its weight's order."""
     low, high = packed.upper.double().unbind(3)
@@ -125,7 +144,7 @@ def compare_batch_norms_with_pytorch(device):
     from modules import triton_kernels
     from modules.triton_norm import ROWS
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
-        for shape, drop in (((3, 40, 7, 9), 0.3), ((2 * ROWS + 1, 5), 0.0), ((1, 33, 2, 5), 0.5), ((2, 64, 16, 16), 0.3)):
+        for shape, drop in (((3, 40, 7, 9), 0.3), ((2 * ROWS + 1, 5), 0.0), ((33 * ROWS + 1, 3), 0.3), ((1, 33, 2, 5), 0.5), ((2, 64, 16, 16), 0.3)):
             # Far from 0 in some channels, where squares about anything but the mean would cancel.
             far = torch.linspace(0, 50 if dtype == torch.float32 else 1, shape[1]).view(-1, *[1] * (len(shape) - 2))
             y, v = kernel_layout((torch.randn(shape) + far).to(device, dtype)), kernel_layout(torch.randn(shape, device=device))
@@ -166,6 +185,10 @@ def compare_anderson_weights_with_pytorch(device):
         weights = anderson_weights(gram, products.to(device), slot, 1e-9).cpu()
         torch.testing.assert_close(weights, memory._weights(expected[:used, :used]).float(), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(gram.cpu(), expected)
+    gram.zero_()
+    for slot in (0, 1):  # the same residual twice
+        weights = anderson_weights(gram, torch.ones(slot + 1, device=device), slot, 1e-9).cpu()
+    torch.testing.assert_close(weights, torch.full((2,), 0.5), atol=1e-4, rtol=1e-4)
 
 
 def compare_a_training_step_with_pytorch(device):
@@ -228,7 +251,8 @@ def compare_masks_with_pytorch(device):
 
 
 COMPARISONS = {"neuron step": compare_neuron_step_with_pytorch, "bias per channel": compare_bias_per_channel_with_pytorch,
-               "convolutions": compare_convolutions_with_pytorch, "rates at equilibrium": compare_equilibrium_rates_with_pytorch,
+               "convolutions": compare_convolutions_with_pytorch,
+               "digits of a precision": compare_the_digits_of_a_precision, "rates at equilibrium": compare_equilibrium_rates_with_pytorch,
                "batch norms": compare_batch_norms_with_pytorch, "training step": compare_a_training_step_with_pytorch,
                "Anderson's weights": compare_anderson_weights_with_pytorch, "dropout masks": compare_masks_with_pytorch}
 

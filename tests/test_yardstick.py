@@ -11,7 +11,7 @@ from benchmarks.worker import OnGpu, Worker
 from benchmarks.yardstick import copy_weights, yardstick_alexnet_f, yardstick_f64c5, yardstick_f400
 from modules.implicit import BackwardSolver
 from modules.neuron import make_neuron
-from modules.zoo import alexnet_f, f64c5_mnist, f400
+from modules.zoo import alexnet_f, f64c5_mnist, f64c5_nmnist, f400
 from tests.marks import needs_cuda
 
 WIDTHS = (3, 4, 5, 5, 4)
@@ -52,6 +52,13 @@ def test_multiply_adds_by_hand():
     assert multiply_adds.training_step(network, 3.0) == simulation + 2 * lap + 3 * lap + inputs + lap + hidden + 2 * readout
 
 
+def test_multiply_adds_of_events_by_hand():
+    """The input's current is another one at every step."""
+    network = f64c5_nmnist(width=3, neuron=make_neuron(2, 0.95), time_steps=5)
+    inputs, feedback, readout = 25 * 2 * 3 * 16 * 16, 25 * 3 * 3 * 16 * 16, 3 * 16 * 16 * 10
+    assert multiply_adds.evaluation(network) == 5 * inputs + 4 * feedback + readout
+
+
 def test_workers_take_turns_and_tell_their_memory():
     worker = Worker(list, [3, 1, 2])
     worker.call("sort")
@@ -69,7 +76,10 @@ def test_a_row_of_results_is_replaced_by_its_name(tmp_path, monkeypatch):
         path = results.save_rows("cpu", [row, {**row, "name": "b"}])
     rows = json.loads(path.read_text())
     assert [entry["name"] for entry in rows] == ["a", "b"] and "machine" in rows[0] and "date" in rows[0]
-    assert (rows[0]["project_s"], rows[0]["yardstick_s"], rows[0]["speedup"], rows[0]["over_floor"]) == (2.0, 6.0, 2.0, 8.0)
+    del rows[0]["machine"], rows[0]["date"]
+    assert rows[0] == dict(name="a", project_s=2.0, yardstick_s=6.0, floor_s=0.5, speedup=2.0, over_floor=8.0, project_peak_mb=100.0,
+                           yardstick_peak_mb=200.0, firing_rate=0.1)
+    assert results.describe_row(rows[0]).split() == ["a", "2.0000", "6.0000", "0.5000", "2.0", "8.00", "100", "200", "0.1000"]
 
 
 @needs_cuda
