@@ -76,7 +76,8 @@ def compare(network, x, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(leak=1.0), dict(dropout=0.0), dict(threshold=2.0), dict(momentum=0.3), dict(widths=(3, 4, 4, 3, 3)), dict(widths=(1, 70, 2, 40, 9), batch=1),
+    dict(), dict(leak=1.0), dict(dropout=0.0), dict(threshold=2.0), dict(momentum=0.3), dict(widths=(3, 4, 4, 3, 3)),
+    dict(widths=(1, 70, 2, 40, 9), batch=1),
     dict(widths=(16, 64, 32, 48, 16), batch=13, size=12), dict(make=dense, widths=(9, 20, 33, 7), batch=50),
     dict(make=dense, widths=(9, 20, 33, 7), batch=3), dict(make=dense, widths=(30, 300, 200), batch=400),
 ], ids=str)

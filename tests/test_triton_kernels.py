@@ -144,7 +144,8 @@ def compare_batch_norms_with_pytorch(device):
     from modules import triton_kernels
     from modules.triton_norm import ROWS
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
-        for shape, drop in (((3, 40, 7, 9), 0.3), ((2 * ROWS + 1, 5), 0.0), ((33 * ROWS + 1, 3), 0.3), ((1, 33, 2, 5), 0.5), ((2, 64, 16, 16), 0.3)):
+        for shape, drop in (((3, 40, 7, 9), 0.3), ((2 * ROWS + 1, 5), 0.0), ((33 * ROWS + 1, 3), 0.3), ((1, 33, 2, 5), 0.5),
+                            ((2, 64, 16, 16), 0.3)):
             # Far from 0 in some channels, where squares about anything but the mean would cancel.
             far = torch.linspace(0, 50 if dtype == torch.float32 else 1, shape[1]).view(-1, *[1] * (len(shape) - 2))
             y, v = kernel_layout((torch.randn(shape) + far).to(device, dtype)), kernel_layout(torch.randn(shape, device=device))
