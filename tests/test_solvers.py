@@ -183,7 +183,7 @@ def test_values_may_lie_in_another_order_than_x(method):
 
     def solved(in_order):
         def map(x):
-            return start + torch.nn.functional.conv2d(x, weight, padding=1).contiguous(memory_format=in_order)
+            return (start + torch.nn.functional.conv2d(x, weight, padding=1)).contiguous(memory_format=in_order)
         return solve(map, start, method, 1e-8, 200)
     usual, other = solved(torch.contiguous_format), solved(torch.channels_last)
     assert usual.converged and other.iterations == usual.iterations
