@@ -65,6 +65,17 @@ def test_a_graph_replays_what_the_loop_computes(kind, without_gradients, device)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_statistics_advance_without_a_gradient_too(kind, device):
+    pair, x = graphed_and_not(kind, device)
+    with torch.no_grad():
+        for scale in (1.0, 0.8, 0.6):
+            torch.testing.assert_close(*[network(x * scale) for network in pair], atol=1e-5, rtol=1e-5)
+    assert all(connection.norm.num_batches_tracked == 3 for connection in (pair[0].input, *pair[0].hidden))
+    assert all(pair[0]._graphed._captured.values())
+    assert_same_tensors(*pair)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_add_up_and_statistics_advance_as_without_graphs(kind, device):
     pair, x = graphed_and_not(kind, device)
     for network in pair:
