@@ -76,7 +76,7 @@ def test_the_published_default_path_finds_what_lies_above_it(tmp_path, capsys):
         load_nmnist(str(default), 30, "time")
 
 
-def test_what_is_missing_is_said(tmp_path):
+def test_what_is_missing_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="468j46mzdv") as caught:
         load_nmnist(str(tmp_path / "NMNIST" / "2312_3000_stable"), 30)
     md5 = "20959b8e626244a1b502305a9e6e2031", "69ca8762b2fe404d9b9bad1103e97832"
@@ -90,6 +90,7 @@ def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(UserError, match="--nmnist-binning fancy"):
         load_nmnist(str(tmp_path), 30, "fancy")
     write_raw(tmp_path / "whole")
+    monkeypatch.setattr("utils.data.nmnist.np.empty", lambda *_: pytest.fail("memory that is not there was asked for"))
     with pytest.raises(UserError, match="--time_step 1000000000"):
         load_nmnist(str(tmp_path / "whole"), 10**9)
 

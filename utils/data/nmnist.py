@@ -85,7 +85,8 @@ def _pack(recordings: Recordings, decode: Decode, time_steps: int) -> PackedSpli
     count, width = len(recordings.entries), time_steps * FRAME_BYTES
     sound, damaged = 0, []
     try:
-        if count * width > sys.maxsize:  # NumPy has other exceptions for such sizes
+        # A system may promise more than there is, and end the program that uses it. NumPy has other exceptions for absurd sizes.
+        if count * width > _physical_memory():
             raise MemoryError
         frames, labels = np.empty((count, width), np.uint8), np.empty(count, np.int64)
         for entry, frames_of_one in decoded(recordings, decode, damaged):
@@ -95,6 +96,14 @@ def _pack(recordings: Recordings, decode: Decode, time_steps: int) -> PackedSpli
         need = f"{count:,d} recordings need {count * width // 2**30:,d} GiB of memory"
         raise UserError(f"--time_step {time_steps}: {need}, more than there is; use fewer steps") from error
     return PackedSplit(frames[:sound], labels[:sound], damage_report(recordings, damaged))
+
+
+def _physical_memory() -> int:
+    """Bytes; where the system does not tell, as many as can be addressed."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
 
 
 def _read_cache(path: Path, key: str, time_steps: int) -> Optional[Dict[str, PackedSplit]]:
