@@ -28,8 +28,11 @@ class LinearMap(NamedTuple):
     def of(cls, module: nn.Module) -> "LinearMap":
         """The map that an nn.Linear, nn.Conv2d or nn.ConvTranspose2d applies.
 
-        Raises ValueError for groups, dilation and another padding than that of a number of zeros.
+        Raises ValueError for groups, dilation and another padding than that of a number of zeros, and for other modules.
         """
+        if not isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            raise ValueError(f"a network's linear maps are nn.Linear, nn.Conv2d or nn.ConvTranspose2d, or of a class made from them, "
+                             f"unlike {module}")
         if isinstance(module, nn.Linear):
             return cls("dense")
         if (module.groups, module.dilation, module.padding_mode) != (1, (1, 1), "zeros") or isinstance(module.padding, str):

@@ -14,10 +14,11 @@
 #define GROUP 8 /* samples that a thread takes through a panel together, so that its rows stay in the cache */
 
 static pthread_key_t scratch_key; /* frees a thread's scratch when the thread ends */
+static int has_key;
 
 __attribute__((constructor)) static void make_scratch_key(void)
 {
-    pthread_key_create(&scratch_key, give_lines);
+    has_key = pthread_key_create(&scratch_key, give_lines) == 0;
 }
 
 void *thread_scratch(size_t bytes)
@@ -28,7 +29,8 @@ void *thread_scratch(size_t bytes)
         give_lines(memory);
         memory = take_lines(bytes);
         size = memory ? bytes : 0;
-        pthread_setspecific(scratch_key, memory);
+        if (has_key)
+            pthread_setspecific(scratch_key, memory);
     }
     return memory;
 }

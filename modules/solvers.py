@@ -138,6 +138,11 @@ class Reading:
         return self.host.item()
 
 
+def _version(x: Tensor) -> Optional[int]:
+    """How often x has been changed in place; None in inference mode, which does not count."""
+    return None if x.is_inference() else x._version
+
+
 class Iteration:
     """x, which is visited, then replaced by what a method proposes: the work of `solve`, apart from its decisions."""
 
@@ -155,9 +160,9 @@ class Iteration:
 
     def propose(self) -> None:
         """Raises ValueError where the method has changed x in place, which may be the best so far, or returns something else than an x."""
-        version = self.visited._version
+        version = _version(self.visited)
         self.x = self.proposer.propose(self.visited, self.mapped, self.difference)
-        if self.visited._version != version or not isinstance(self.x, Tensor) or self.x.shape != self.visited.shape:
+        if _version(self.visited) != version or not isinstance(self.x, Tensor) or self.x.shape != self.visited.shape:
             raise ValueError(f"{type(self.proposer).__name__}.propose returns the next x, a new tensor of the same shape, and leaves x as "
                              "it is")
 

@@ -85,6 +85,18 @@ def test_a_batch_is_the_same_whenever_it_is_prepared_and_no_two_are_augmented_al
     assert not any(torch.equal(one, other) for place, one in enumerate(seen) for other in seen[:place])
 
 
+def test_the_processes_of_a_job_augment_their_shares_each_in_their_own_way(monkeypatch):
+    images = distinct_pixels(1, 9, 9).to(torch.uint8).expand(24, -1, -1, -1)
+    batches, state = Batches(Samples(images, torch.arange(24), augment=random_crop_flip), 8, shuffled=True), torch.get_rng_state()
+    seen = []
+    for rank in (0, 1):
+        for name, value in (("process_rank", rank), ("process_count", 2)):
+            monkeypatch.setattr(f"utils.data.batches.{name}", lambda value=value: value)
+        seen += [x for x, _ in batches.after(0, state)]
+    assert len(seen) == 6 and all(len(x) == 4 for x in seen)
+    assert not any(torch.equal(one, other) for place, one in enumerate(seen) for other in seen[:place])
+
+
 def test_normalised_per_channel_after_the_padding():
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     expected = (images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)

@@ -82,3 +82,9 @@ def test_what_is_loaded_lies_on_the_cpu(tmp_path):
     network = f400(6, **SETTINGS)
     save_checkpoint(Checkpoint(1, network.state_dict(), 1.0, 2.0, {}, {}, None, {}), path)
     assert all(tensor.device.type == "cpu" for tensor in load_checkpoint(path).state_dict.values())
+
+
+def test_an_earlier_name_of_a_flag_is_read(tmp_path):
+    earlier = Checkpoint(1, {"w": torch.zeros(3)}, 1.0, 2.0, optimizer={}, random_state=None, arguments={"threshold": 60, "tol": 0.1})
+    save_checkpoint(earlier, tmp_path / "file")
+    assert load_checkpoint(tmp_path / "file").arguments == {"max_iterations": 60, "tol": 0.1}

@@ -139,7 +139,7 @@ def test_several_threads_give_the_same_numbers():
     lambda network: setattr(network.input, "norm", nn.BatchNorm1d(40, affine=False)),
     lambda network: setattr(network.input, "linear", nn.Linear(23, 40, bias=False)),
 ], ids=["evaluation", "frozen batch norm", "float64", "synchronised batch norm", "neuron", "momentum", "linear", "bfloat16", "hook",
-        "hook on the feedback",        "no weight in the batch norm", "no bias"])
+        "hook on the feedback", "no weight in the batch norm", "no bias"])
 def test_what_it_does_not_know_runs_module_by_module(change, monkeypatch):
     network, x = network_and_input()
     change(network)

@@ -220,6 +220,10 @@ def test_a_part_of_another_geometry_in_a_parts_place():
     network.hidden[2].linear = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, padding_mode="circular").double()
     with pytest.raises(ValueError, match="padding mode"):
         network(x)
+    network.hidden[2].linear = nn.Identity()
+    network.hidden[2].linear.weight, network.hidden[2].linear.bias = old.weight, old.bias
+    with pytest.raises(ValueError, match="linear maps are nn.Linear"):
+        network(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])

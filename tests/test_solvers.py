@@ -188,3 +188,12 @@ def test_values_may_lie_in_another_order_than_x(method):
     usual, other = solved(torch.contiguous_format), solved(torch.channels_last)
     assert usual.converged and other.iterations == usual.iterations
     torch.testing.assert_close(other.value, usual.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_in_inference_mode(method):
+    b, A = linear_problem()
+    usual = solve(lambda x: b + A @ x, b, method, 1e-6, 60)
+    with torch.inference_mode():
+        other = solve(lambda x: b + A @ x, b.clone(), method, 1e-6, 60)
+    assert torch.equal(other.value, usual.value) and other[1:] == usual[1:]

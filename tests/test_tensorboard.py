@@ -24,7 +24,7 @@ def test_scalars_are_the_logs_numbers_over_a_resumed_run(tmp_path):
         assert [scalar.value for scalar in events.Scalars(name)] == pytest.approx(column, abs=1e-5)
     assert all(scalar.value >= 1 for scalar in events.Scalars("solver/iterations"))
     status, out, err = command(*flags, "--epochs", 4, "--resume", run / "checkpoint.pth.tar")
-    assert status == 0 and "--tensorboard" not in out, "what is shown of a run is none of its hyperparameters"
+    assert status == 0 and "--tensorboard" not in out, "what is shown of a run is not one of its hyperparameters"
 
 
 def test_without_the_package_it_says_so_before_anything_is_written(tmp_path, monkeypatch):

@@ -121,6 +121,8 @@ def _from_contents(contents: Dict[str, Any]) -> Checkpoint:
     check_random_state(contents["random_state"])
     if not isinstance(contents["arguments"], dict) or not isinstance(contents["optimizer"], dict):
         raise ValueError("its arguments or its optimizer are not a table")
+    if "threshold" in contents["arguments"]:  # what --max-iterations was called
+        contents["arguments"].setdefault("max_iterations", contents["arguments"].pop("threshold"))
     partial = contents.get("partial")
     check_partial_epoch(partial)
     return Checkpoint(state_dict=state_dict, optimizer=contents["optimizer"], random_state=contents["random_state"],

@@ -192,7 +192,7 @@ def _exchange(tensors: Sequence[Tensor], change: Callable[[Tensor], None]) -> No
 
 
 def draw_independently(seed: int) -> None:
-    """From now on the processes after the first draw random numbers of their own, for dropout and augmentation."""
+    """From now on the processes after the first draw random numbers of their own, for dropout."""
     if process_rank() > 0:
         seeds = torch.randint(2**31, (process_count(),), generator=torch.Generator().manual_seed(seed))
         torch.manual_seed(seeds[process_rank()].item())

@@ -38,7 +38,7 @@ class Batches:
 
     The order comes from PyTorch's CPU generator, and so does the seed from which each batch's augmentation follows: a restored random
     state restores both, and a batch can be prepared before its turn. Of every batch, each process of a job takes the samples that are its
-    share, in order and as many as any other's or one more; it may get an empty batch.
+    share, in order and as many as any other's or one more, with an augmentation of their own; it may get an empty batch.
     """
 
     def __init__(self, samples: Samples, size: int, shuffled: bool):

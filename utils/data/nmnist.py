@@ -101,7 +101,8 @@ def _pack(recordings: Recordings, decode: Decode, time_steps: int) -> PackedSpli
 def _physical_memory() -> int:
     """Bytes; where the system does not tell, as many as can be addressed."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        pages = os.sysconf("SC_PHYS_PAGES")
+        return os.sysconf("SC_PAGE_SIZE") * pages if pages > 0 else sys.maxsize
     except (AttributeError, OSError, ValueError):
         return sys.maxsize
 
