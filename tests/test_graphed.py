@@ -5,51 +5,16 @@ import copy
 import pytest
 import torch
 
-from modules import gpu
 from modules.across_processes import InnerProducts
-from modules.graphed import GraphedPasses, _kind
+from modules.graphed import GraphedPasses
 from modules.graphed_solve import _GraphedIteration, refined
-from modules.neuron import Neuron, make_neuron
 from modules.solvers import Iteration
+from tests.graphed_pairs import assert_same_tensors, device, graphed_and_not
 from tests.marks import needs_cuda, needs_interpreter, run_in_interpreter
-from tests.networks import KINDS, explicit_masks, small_network, wide_network
-from tests.recorded_graphs import stand_in, stand_in_with_triton
+from tests.networks import KINDS, small_network, wide_network
+from tests.recorded_graphs import stand_in_with_triton
 
 pytestmark = pytest.mark.filterwarnings("error:.* could not be captured")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
-def device(request, monkeypatch):
-    # The solves here are more accurate than rounded products can be.
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(_GraphedIteration, "_precisions", (False,))
-    if request.param == "cpu":
-        stand_in(monkeypatch)
-    return request.param
-
-
-def graphed_and_not(kind, device, dropout=0.3, **solver):
-    """The same network twice, the second without graphs, with fixed masks, and an input."""
-    network, x = small_network(kind, dropout=dropout, **{"tol": 1e-5, "max_iterations": 100, **solver})
-    masks = [mask.float().to(device) for mask in explicit_masks(network)]
-    graphed, plain = (copy.deepcopy(network).float().to(device) for _ in range(2))
-    plain.uses_graphs = False
-    for own in (graphed, plain):
-        explicit_masks(own, masks)
-    return (graphed, plain), x.float().to(device)
-
-
-def assert_same_tensors(graphed, plain):
-    """Parameters, buffers and gradients; and the solves, but that roundings may end one of them an iteration sooner."""
-    for (name, own), other in zip(graphed.state_dict().items(), plain.state_dict().values()):
-        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4, msg=name)
-    for (name, own), other in zip(graphed.named_parameters(), plain.parameters()):
-        assert (own.grad is None) == (other.grad is None), name
-        if own.grad is not None:
-            torch.testing.assert_close(own.grad, other.grad, atol=1e-4, rtol=1e-3, msg=name)
-    own, other = graphed.solver.tally, plain.solver.tally
-    assert (own.solves, own.not_converged) == (other.solves, other.not_converged)
-    assert abs(own.iterations - other.iterations) <= own.solves
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,23 +188,6 @@ def test_rates_that_a_hook_keeps_are_not_overwritten(training, device):
         torch.testing.assert_close(rate, expected)
 
 
-def test_under_an_autocast_of_the_callers_nothing_is_captured(device):
-    """It would keep rounded copies of the weights, from which graphs would go on reading."""
-    (network, _), x = graphed_and_not("multi-layer", device)
-    with torch.autocast(device, torch.bfloat16):
-        network(x).square().sum().backward()
-    assert not network._graphed._captured and network.input.linear.weight.grad.norm() > 0
-
-
-def test_hooks_on_connections_are_called(device):
-    (network, _), x = graphed_and_not("multi-layer", device)
-    seen = []
-    network(x)
-    network.hidden[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    network(x)
-    assert seen
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_in_the_input(kind, device):
     """No graph gives it, so such a pass goes without, and the next one with its graph again."""
@@ -263,86 +211,6 @@ def test_only_the_readout_is_trained(device):
         for scale in (1.0, 0.8):
             network(x * scale).square().sum().backward()
     assert pair[1].readout.weight.grad.norm() > 0 and all(pair[0]._graphed._captured.values()) and not pair[0]._graphed._busy
-    assert_same_tensors(*pair)
-
-
-class Looking(Neuron):
-    """Whose step looks at a value."""
-
-    def step(self, current, state, fire):
-        return super().step(current if current.max() > -1e9 else -current, state, fire)
-
-
-@pytest.mark.filterwarnings("default:.* could not be captured")
-def test_what_looks_at_a_value_goes_without_a_graph(device, monkeypatch):
-    """It is noticed before a capture begins, so that other networks are captured as ever."""
-    (looking, plain), x = graphed_and_not("multi-layer", device)
-    other, begun, capturing = copy.deepcopy(plain), [], gpu.capturing
-    monkeypatch.setattr(gpu, "capturing", lambda pool: begun.append(pool) or capturing(pool))
-    for network in (looking, plain):
-        network.neuron = Looking(*network.neuron)
-    with pytest.warns(UserWarning, match="passes could not be captured"):
-        looking(x).square().sum().backward()
-    plain(x).square().sum().backward()
-    assert_same_tensors(looking, plain)
-    assert list(looking._graphed._captured.values()) == [None] and not begun
-    other.uses_graphs = True
-    other(x).square().sum().backward()
-    assert all(other._graphed._captured.values()) and begun
-
-
-def new_weight(network):
-    network.input.linear.weight = torch.nn.Parameter(0.5 * network.input.linear.weight.detach())
-
-
-def other_parameters_in_the_same_memory(network):
-    network.load_state_dict(network.state_dict(), assign=True)
-
-
-def of_each_norm(**settings):
-    def change(network):
-        for connection in (network.input, *network.hidden):
-            for name, value in settings.items():
-                setattr(connection.norm, name, value)
-    return change
-
-
-def other_memory(network):
-    network.input.linear.weight.data = 0.5 * network.input.linear.weight.data
-
-
-class Halved(Neuron):
-    def step(self, current, state, fire):
-        return super().step(current / 2, state, fire)
-
-
-CHANGES = {
-    "parameters": new_weight, "memory": other_memory, "parameters that are other objects": other_parameters_in_the_same_memory,
-    "T": lambda network: setattr(network, "time_steps", 3), "evaluation": lambda network: network.eval(),
-    "a frozen parameter": lambda network: network.feedback.g.requires_grad_(False),
-    "one that no longer is": lambda network: network.feedback.w.requires_grad_(True),
-    "the neuron's kind": lambda network: setattr(network, "neuron", Halved(*network.neuron)),
-    "the threshold": lambda network: setattr(network, "neuron", make_neuron(0.5, 0.9)),
-    "the Jacobian's batch norms": lambda network: setattr(network, "jacobian_bn", "eval"),
-    "momentum": of_each_norm(momentum=0.5), "epsilon": of_each_norm(eps=0.1),
-}
-
-
-@pytest.mark.parametrize("what", CHANGES)
-def test_what_a_graph_takes_for_granted_may_change(what, device):
-    """Before the second pass, and is noticed; a third pass replays."""
-    pair, x = graphed_and_not("multi-layer", device)
-    logits = []
-    for network in pair:
-        network.feedback.w.requires_grad_(what != "one that no longer is")
-        network(x).sum().backward()
-        CHANGES[what](network)
-        network.zero_grad()
-        for scale in (1.0, 0.8):
-            logits.append(network(x * scale))
-            logits[-1].sum().backward()
-    for own, other in zip(logits[:2], logits[2:]):
-        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
     assert_same_tensors(*pair)
 
 
@@ -402,22 +270,6 @@ def test_a_network_can_be_copied_with_its_graphs():
     copied = copy.deepcopy(network)
     assert isinstance(copied._graphed, GraphedPasses) and copied._graphed is not network._graphed
     torch.testing.assert_close(copied.eval()(x), network.eval()(x))
-
-
-def test_other_dropout_inference_and_deterministic_algorithms_are_other_kinds_of_pass():
-    network, x = small_network("dense", dropout=0.3)
-    kinds = [_kind(network, x)]
-    network.dropout = 0.2
-    kinds.append(_kind(network, x))
-    for without_gradients in (torch.no_grad, torch.inference_mode):
-        with without_gradients():
-            kinds.append(_kind(network, x))
-    torch.use_deterministic_algorithms(True)
-    try:
-        kinds.append(_kind(network, x))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert len(set(kinds)) == 5 and kinds[1] == _kind(network, x)
 
 
 @pytest.mark.parametrize("kind", KINDS)

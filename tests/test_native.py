@@ -1,9 +1,6 @@
 """The C kernels against the PyTorch operations that they replace."""
 
 import copy
-import shutil
-import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,22 +13,15 @@ from modules.connection import Connection
 from modules.dropout import dropout_mask, masked, random_draws
 from modules.event_driven import event_map, kernel_layout
 from modules.feedback import Feedback
-from modules.implicit import BackwardSolver
-from modules.jacobian import Link, TransposedJacobian
 from modules.linear_map import LinearMap
 from modules.neuron import equilibrium_rate, make_neuron
 from modules.simulation import SpikingLayer, StaticInput, _expectations, simulate
-from modules.solvers import METHODS, Anderson, FixedPoint
 from modules.synapses import Synapses
-from modules.zoo import f64c5_mnist
 from tests import naive
+from tests.marks import needs_compiler
 from tests.networks import KINDS, explicit_masks, small_network
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler, so no kernel to compare")
-
-
-def test_the_kernels_can_be_built():
-    assert native.library() is not None
+pytestmark = needs_compiler
 
 
 @pytest.mark.parametrize("leak", [0.95, 1.0])
@@ -282,73 +272,6 @@ def test_saturation_equals_pytorch(monkeypatch):
         assert torch.equal(one, other)
 
 
-FEEDBACKS = [(nn.Linear(9, 9, bias=False), (9,), 4), (nn.Linear(45, 45, bias=False), (45,), 33),
-             (nn.Linear(400, 400, bias=False), (400,), 40), (nn.Conv2d(3, 3, 5, padding=2, bias=False), (3, 7, 6), 5),
-             (nn.Conv2d(40, 40, 3, padding=1, bias=False), (40, 6, 6), 3)]
-
-
-def product_of(map, weight, gain):
-    return TransposedJacobian([Link(map, weight, gain.shape[1:], gain)])
-
-
-@pytest.mark.parametrize("feedback,shape,batch", FEEDBACKS)
-@pytest.mark.parametrize("tol", [1e-2, 1e-5])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_layer_solve_reaches_the_tolerance_and_says_so(feedback, shape, batch, tol, threads):
-    torch.set_num_threads(threads)
-    weight = torch.randn_like(feedback.weight)
-    weight *= 1.5 / torch.linalg.svdvals(weight.flatten(1))[0]
-    gain = 0.5 * (torch.arange(batch * weight.new_empty(shape).numel()) % 3 == 0).float().view(batch, *shape)
-    gradient = torch.randn(batch, *shape) * torch.logspace(-6, 0, batch).view(-1, *[1] * len(shape))
-    solver, product = BackwardSolver(tol=tol, max_iterations=100), product_of(LinearMap.of(feedback), weight, gain)
-    assert product.solve(gradient, tol, 100) is not None
-    v = solver(product, gradient)
-    exact = product_of(LinearMap.of(feedback), weight.double(), gain.double())
-    residual = (gradient.double() + exact(v.double()) - v.double()).norm() / gradient.double().norm()
-    assert residual <= tol * 1.01 and abs(residual - solver.tally.worst_residual) < 1e-6
-    assert solver.tally.not_converged == 0
-    plain = BackwardSolver(tol=1e-9, max_iterations=300)(exact, gradient.double())
-    assert (v - plain).norm() <= 20 * tol * gradient.norm()
-
-
-@pytest.mark.parametrize("change", ["memory", "method"])
-def test_another_method_in_the_place_of_andersons_is_not_the_kernels(change, monkeypatch):
-    gradient, gain = torch.randn(4, 30), 0.5 * (torch.rand(4, 30) < 0.4).float()
-    product = product_of(LinearMap("dense"), torch.randn(30, 30) / 8, gain)
-    by_kernel = BackwardSolver()(product, gradient)
-    if change == "memory":
-        monkeypatch.setattr(Anderson, "memory", 1)
-    else:
-        monkeypatch.setitem(METHODS, "anderson", FixedPoint)
-    monkeypatch.setattr(native, "solve_layer", lambda *arguments: pytest.fail("the kernel was called"))
-    v = BackwardSolver()(product, gradient)
-    assert not torch.equal(v, by_kernel) and (v - by_kernel).norm() <= 1e-2 * by_kernel.norm()
-
-
-def test_the_products_of_a_layer_solve_are_counted_sample_by_sample():
-    """One of two samples has no gain, and is solved by its first product."""
-    weight, gradient, gain = torch.randn(30, 30) / 8, torch.randn(2, 30), 0.5 * (torch.arange(60) % 2).view(2, 30)
-    gain[1] = gradient[1] = 0
-    both, alone = (product_of(LinearMap("dense"), weight, gain[:count]).solve(gradient[:count], 1e-5, 100) for count in (2, 1))
-    assert alone.iterations > 3 and both.iterations == (alone.iterations + 1) / 2
-
-
-def test_layer_solve_that_does_not_converge_is_counted():
-    weight, gradient = 6 * torch.randn(30, 30), torch.randn(4, 30)
-    gain = torch.zeros(4, 30)
-    gain[:, :10] = 1
-    product, solver = product_of(LinearMap("dense"), weight, gain), BackwardSolver(tol=1e-6, max_iterations=3)
-    v = solver(product, gradient)
-    residual = (gradient + product(v) - v).norm() / gradient.norm()
-    assert solver.tally.not_converged == 1 and solver.tally.iterations == 3
-    assert solver.tally.worst_residual == pytest.approx(residual.item(), rel=1e-4)
-    broken = BackwardSolver()
-    assert broken(product_of(LinearMap("dense"), weight * float("nan"), gain), gradient).isfinite().all()
-    assert broken.tally.not_converged == 1
-    zero = BackwardSolver()
-    assert zero(product, torch.zeros(4, 30)).eq(0).all() and zero.tally.not_converged == 0
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_input_under_an_autocast(kind, training, monkeypatch):
@@ -386,36 +309,3 @@ def test_the_gradient_in_events_through_a_frozen_connection(monkeypatch):
         gradients.append(own.grad)
     assert gradients[1].norm() > 0
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read where Linux tells it")
-def test_a_thread_that_ends_leaves_no_memory_behind():
-    network = f64c5_mnist(32, neuron=make_neuron(0.5, 0.9), time_steps=3).eval()
-    x = torch.randn(4, 1, 28, 28)
-
-    @torch.no_grad()
-    def evaluate():
-        torch.set_num_threads(1)  # in this thread alone
-        network(x)
-
-    def megabytes_after(threads):
-        for _ in range(threads):
-            thread = threading.Thread(target=evaluate)
-            thread.start()
-            thread.join()
-        return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
-    first = megabytes_after(10)
-    assert megabytes_after(60) < first + 12
-
-
-def test_another_header_is_another_library(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(native, "_compile", lambda tuned, scratch: (scratch / "native.so").touch())
-    shutil.copytree(native._FOLDER, tmp_path / "modules", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    monkeypatch.setattr(native, "_FOLDER", tmp_path / "modules")
-    paths = []
-    for name in ("native.h", "native_norm.c"):
-        paths.append(native._build())
-        with open(tmp_path / "modules" / name, "a") as file:
-            file.write("/* changed */")
-    assert len({*paths, native._build()}) == 3
