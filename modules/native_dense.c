@@ -5,22 +5,28 @@
 #include <string.h>
 
 #define VECTORS (PANEL / LANES)
-#define ROWS (LANES == 16 ? 8 : 3) /* of the result that stay in the processor's registers, a panel wide */
+#define ROWS (LANES == 16 ? 10 : 3) /* of the result that stay in the processor's registers, a panel wide */
 
-/* out = A B for `rows` rows and vectors * LANES columns of the result. */
+/* out = A B for ROWS rows and vectors * LANES columns of the result. A constant row_step spares a register, or a load, for every row. */
 static inline __attribute__((always_inline)) void
-tile(struct factor a, const float *b, ptrdiff_t b_step, ptrdiff_t depth, float *out, ptrdiff_t columns, const int rows, const int vectors)
+tile(const float *a, ptrdiff_t row_step, ptrdiff_t depth_step, const float *b, ptrdiff_t b_step, ptrdiff_t depth, float *out,
+     ptrdiff_t columns, const int vectors)
 {
     vector sum[ROWS][VECTORS] = {{{0}}};
     for (ptrdiff_t k = 0; k < depth; k++) {
         const vector *row = (const vector *)(b + k * b_step);
-        for (int r = 0; r < rows; r++)
+        for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < vectors; v++)
-                sum[r][v] += row[v] * a.at[r * a.row_step + k * a.depth_step];
+                sum[r][v] += row[v] * a[r * row_step + k * depth_step];
     }
-    for (int r = 0; r < rows; r++)
-        memcpy(out + r * columns, sum[r], vectors * sizeof(vector));
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < vectors; v++)
+            ((vector *)(out + r * columns))[v] = sum[r][v]; /* memcpy would keep all sums in memory */
 }
+
+#define TILE(out, columns, vectors) \
+    (these.row_step == 1 ? tile(these.at, 1, these.depth_step, panel, b.depth_step, depth, out, columns, vectors) \
+                         : tile(these.at, these.row_step, these.depth_step, panel, b.depth_step, depth, out, columns, vectors))
 
 /* The same for any number of rows and columns. */
 static void corner(struct factor a, const float *b, ptrdiff_t b_step, ptrdiff_t depth, float *out, ptrdiff_t columns, ptrdiff_t rows,
@@ -46,12 +52,12 @@ void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows,
             float *to = out + r * columns + first;
             ptrdiff_t width = columns - first < PANEL ? columns - first : PANEL;
             if (height == ROWS && width == PANEL)
-                tile(these, panel, b.depth_step, depth, to, columns, ROWS, VECTORS);
+                TILE(to, columns, VECTORS);
             else if (height == ROWS && width == PANEL / 2)
-                tile(these, panel, b.depth_step, depth, to, columns, ROWS, VECTORS / 2);
+                TILE(to, columns, VECTORS / 2);
             else if (height == ROWS && b.depth_step == PANEL) { /* packed, with zeros behind the last column */
                 float all[ROWS * PANEL];
-                tile(these, panel, b.depth_step, depth, all, PANEL, ROWS, VECTORS);
+                TILE(all, PANEL, VECTORS);
                 for (int i = 0; i < ROWS; i++)
                     memcpy(to + i * columns, all + i * PANEL, width * sizeof *to);
             } else

@@ -11,6 +11,7 @@
 
 #define VECTORS (PANEL / LANES)
 #define STAYS 131072 /* floats of a map that stay in a core's second-level cache, about */
+#define TOGETHER 2 /* panels that a product takes at a time, as long as there are so many */
 #define GROUP 8 /* samples that a thread takes through a panel together, so that its rows stay in the cache */
 
 static pthread_key_t scratch_key; /* frees a thread's scratch when the thread ends */
@@ -61,7 +62,7 @@ static void transpose(const float *from, ptrdiff_t stride, float scale, float *t
 void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_stride, ptrdiff_t rows, ptrdiff_t columns, float scale,
                float *packed)
 {
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp parallel for schedule(static)
     for (ptrdiff_t first = 0; first < columns; first += PANEL) {
         float *panel = packed + first * rows;
         ptrdiff_t width = columns - first < PANEL ? columns - first : PANEL;
@@ -171,43 +172,53 @@ static void list_departures(const struct map *map, const int8_t *spikes, const i
 }
 
 static inline __attribute__((always_inline)) void
-add_row(vector *sum, const float *rows, const struct active *active, int k, const int weighted)
+add_row(vector *sum, const float *rows, ptrdiff_t panel_step, const struct active *active, int k, const int vectors, const int weighted)
 {
-    const vector *row = (const vector *)(rows + (ptrdiff_t)active->units[k] * PANEL);
-    for (int v = 0; v < VECTORS; v++)
+    const float *row = rows + (ptrdiff_t)active->units[k] * PANEL;
+    for (int v = 0; v < vectors; v++) {
+        const vector *part = (const vector *)(row + v / VECTORS * panel_step) + v % VECTORS;
         if (weighted)
-            sum[v] += row[v] * active->factors[k];
+            sum[v] += *part * active->factors[k];
         else
-            sum[v] += row[v];
+            sum[v] += *part;
+    }
 }
 
-/* Segments of an output position of one panel, on top of what `out` holds (the bias, or nothing yet, before the first one). Two chains
- * of additions, as one alone would wait for itself. */
+/* Segments of an output position in `vectors` of a panel or two, on top of what `out` holds (the bias, or nothing yet, before the first
+ * one). Two chains of additions where the registers hold them, as one alone would wait for itself. */
 static inline __attribute__((always_inline)) void
 add_segments(const struct map *map, const float *panel, const struct active *active, int segment, int end, const float *before, float *out,
-             ptrdiff_t width, const int weighted)
+             ptrdiff_t width, const int vectors, const int weighted)
 {
-    vector sum[VECTORS] = {{0}}, more[VECTORS] = {{0}};
+    const int chains = vectors * LANES > PANEL && LANES < 16 ? 1 : 2;
+    ptrdiff_t panel_step = map->rows * PANEL;
+    vector sum[TOGETHER * VECTORS] = {{0}}, more[TOGETHER * VECTORS] = {{0}};
     for (; segment < end; segment++) {
         const float *rows = panel + (ptrdiff_t)map->row[segment] * PANEL;
         int k = active->start[map->from[segment]], last = active->start[map->to[segment]];
-        for (; k + 1 < last; k += 2) {
-            add_row(sum, rows, active, k, weighted);
-            add_row(more, rows, active, k + 1, weighted);
+        for (; chains == 2 && k + 1 < last; k += 2) {
+            add_row(sum, rows, panel_step, active, k, vectors, weighted);
+            add_row(more, rows, panel_step, active, k + 1, vectors, weighted);
         }
-        if (k < last)
-            add_row(sum, rows, active, k, weighted);
+        for (; k < last; k++)
+            add_row(sum, rows, panel_step, active, k, vectors, weighted);
     }
-    for (int v = 0; v < VECTORS; v++)
+    for (int v = 0; chains == 2 && v < vectors; v++)
         sum[v] += more[v];
-    if (width == PANEL) {
-        for (int v = 0; before && v < VECTORS; v++)
-            sum[v] += ((const vector *)before)[v];
-        memcpy(out, sum, sizeof sum);
-    } else
+    if (width == vectors * LANES)
+        for (int v = 0; v < vectors; v++) {
+            if (before)
+                sum[v] += ((const vector *)before)[v];
+            ((vector *)out)[v] = sum[v];
+        }
+    else
         for (int i = 0; i < width; i++)
             out[i] = ((const float *)sum)[i] + (before ? before[i] : 0.0f);
 }
+
+#define ADD(vectors) \
+    (weighted ? add_segments(map, panel, active + s, segment, end, before, to, width, vectors, 1) \
+              : add_segments(map, panel, active + s, segment, end, before, to, width, vectors, 0))
 
 /* A round takes one segment of every output position, for a convolution a row of its kernel, so that few weights are in use at a time, or
  * all of them where all weights stay in the cache. Every output position has a segment, if an empty one. */
@@ -221,16 +232,21 @@ void add_rows(const struct map *map, const float *packed, const float *bias, con
     int stays = map->rows * channels <= STAYS, round = stays ? most : 1;
     /* What does not stay: the rows of the round after the next come from the third-level cache, `step` of their floats at a time. */
     ptrdiff_t block = map->rows / most * PANEL, step = stays || positions == 1 ? 0 : 16 * (block / (16 * count * positions) + 1);
-    for (ptrdiff_t first = 0; first < channels; first += PANEL) {
+    for (ptrdiff_t first = 0, width; first < channels; first += width) {
         const float *panel = packed + first * map->rows;
-        ptrdiff_t width = channels - first < PANEL ? channels - first : PANEL;
+        width = channels - first < TOGETHER * PANEL ? channels - first : TOGETHER * PANEL;
+        if (width > PANEL && width < TOGETHER * PANEL)
+            width = PANEL;
         for (int j = 0; j < most; j += round) {
             const float *coming = panel + (j + 2) * block;
             for (int s = 0; s < count; s++)
                 for (ptrdiff_t p = 0; p < positions; p++) {
                     int segment = map->segments[p] + j, end = map->segments[p + 1];
-                    for (ptrdiff_t at = 0; at < step; at += 16)
+                    for (ptrdiff_t at = 0; at < step; at += 16) {
                         __builtin_prefetch(coming + at, 0, 2);
+                        if (width > PANEL)
+                            __builtin_prefetch(coming + map->rows * PANEL + at, 0, 2);
+                    }
                     coming += step;
                     if (segment >= end)
                         continue;
@@ -238,10 +254,13 @@ void add_rows(const struct map *map, const float *packed, const float *bias, con
                         end = segment + round;
                     float *to = out[s] + p * channels + first;
                     const float *before = j > 0 ? to : bias ? bias + first : NULL;
-                    if (active[s].factors)
-                        add_segments(map, panel, active + s, segment, end, before, to, width, 1);
+                    int weighted = active[s].factors != NULL;
+                    if (width > PANEL)
+                        ADD(TOGETHER * VECTORS);
+                    else if (width > PANEL / 2)
+                        ADD(VECTORS);
                     else
-                        add_segments(map, panel, active + s, segment, end, before, to, width, 0);
+                        ADD(VECTORS / 2);
                 }
         }
     }
@@ -306,7 +325,7 @@ ptrdiff_t spike_step(const struct map *map, const float *packed, const float *bi
 {
     ptrdiff_t outputs = map->out_positions * map->out_channels, group = group_size(batch), fired = 0;
     int failed = 0;
-#pragma omp parallel for schedule(dynamic, 1) reduction(+ : fired) reduction(| : failed)
+#pragma omp parallel for schedule(static) reduction(+ : fired) reduction(| : failed)
     for (ptrdiff_t first = 0; first < batch; first += group) {
         float *products[GROUP];
         int count = group_products(map, packed, bias, source, expected, batch, first, group, products);
@@ -327,7 +346,7 @@ int spike_drive(const struct map *map, const float *packed, const float *bias, c
 {
     ptrdiff_t outputs = map->out_positions * map->out_channels, group = group_size(batch);
     int failed = 0;
-#pragma omp parallel for schedule(dynamic, 1) reduction(| : failed)
+#pragma omp parallel for schedule(static) reduction(| : failed)
     for (ptrdiff_t first = 0; first < batch; first += group) {
         float *products[GROUP];
         int count = group_products(map, packed, bias, source, expected, batch, first, group, products);
@@ -346,7 +365,7 @@ int product(const struct map *map, const float *packed, const float *bias, const
     ptrdiff_t inputs = map->in_positions * map->in_channels, outputs = map->out_positions * map->out_channels;
     ptrdiff_t group = group_size(batch);
     int failed = 0;
-#pragma omp parallel for schedule(dynamic, 1) reduction(| : failed)
+#pragma omp parallel for schedule(static) reduction(| : failed)
     for (ptrdiff_t first = 0; first < batch; first += group) {
         int count = batch - first < group ? batch - first : group;
         struct active active[GROUP];
@@ -463,7 +482,7 @@ int simulate_layer(const struct map *map, const float *packed, const float *curr
 {
     ptrdiff_t n = map->out_positions * map->out_channels;
     int failed = 0, lively = 0;
-#pragma omp parallel for schedule(dynamic, 1) reduction(| : failed)
+#pragma omp parallel for schedule(static) reduction(| : failed)
     for (ptrdiff_t first = 0; first < batch; first += GROUP) {
         float *total = rate + first * n;
         int size = batch - first < GROUP ? batch - first : GROUP;

@@ -162,7 +162,7 @@ int solve_layer(const struct map *map, const float *packed, const float *gain, c
     ptrdiff_t n = map->out_positions * map->out_channels, together = n < TOGETHER_BELOW ? MOST_TOGETHER : 1, counted = 0;
     double size = sqrt(dot(g, g, batch * n)), scale = size == 0 ? 1 : size, bound = tol * scale / sqrt(batch), sum = 0;
     int failed = 0;
-#pragma omp parallel for schedule(dynamic, 1) reduction(| : failed) reduction(+ : sum, counted)
+#pragma omp parallel for schedule(static) reduction(| : failed) reduction(+ : sum, counted)
     for (ptrdiff_t first = 0; first < batch; first += together) {
         int count = batch - first < together ? batch - first : together;
         struct solve solves[MOST_TOGETHER];
