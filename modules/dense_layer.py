@@ -4,7 +4,7 @@ In a layer as small as F400's, what PyTorch and Python do around each of a pass'
 `serves` says so, all operations before the readout are one call here, the backward solve another, and all after it a third.
 """
 
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from modules.connection import Connection
 from modules.event_driven import dense_geometry
 from modules.feedback import Feedback
 from modules.hooks import has_hooks
-from modules.implicit import Pass
+from modules.implicit import BackwardSolver, Pass
 from modules.jacobian import Link, TransposedJacobian
 from modules.neuron import Neuron, rate_normaliser
 from modules.simulation import FIRST_EXPECTATION, Masks
@@ -53,51 +53,62 @@ def run(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor, m
     linear, norm, x = connection.linear, connection.norm, x.contiguous()
     parameters = linear.weight, linear.bias, norm.weight, norm.bias, feedback.w, feedback.g
     (batch, inputs), units = x.shape, linear.out_features
-    results, vectors, numbers = x.new_empty(5, batch, units), x.new_empty(5, units), x.new_empty(2)
+    results = [x.new_empty(batch, units) for _ in range(5)]
+    vectors, numbers = x.new_empty(5, units), x.new_empty(2)
     given = [mask if mask is None else mask.contiguous() for mask in (masks.input, masks.feedback)]
     layer = native.LayerStruct(
         batch, inputs, units, time_steps, FIRST_EXPECTATION, EVENT_DRIVEN_LAYER_BELOW, *neuron, rate_normaliser(time_steps, neuron.leak),
         norm.momentum, norm.eps, dense_geometry(units, units).pointer, *native.pointers(
-            x, *parameters, *given, norm.running_mean, norm.running_var, feedback.u, feedback.v, norm.num_batches_tracked),
-        *native.row_pointers(results), *native.row_pointers(vectors), *native.row_pointers(numbers))
+            x, *parameters, *given, norm.running_mean, norm.running_var, feedback.u, feedback.v, norm.num_batches_tracked, *results),
+        *native.row_pointers(vectors), *native.row_pointers(numbers))
     if not native.layer_forward(layer):
         return None
     rate, mapped, gain = results[:3]
-    memory = x, given, results, vectors, numbers
-    mapped = _Gradient.apply(mapped, layer, memory, x, *parameters)
-    return Pass(rate, mapped, _Jacobian(Link(feedback.map, feedback.w, (units,), gain), layer, memory))
+    link = Link(feedback.map, feedback.w, (units,), gain)
+    return DensePass(rate, mapped, _Jacobian(link, layer, (x, *parameters), (given, results, vectors, numbers)))
+
+
+class DensePass(Pass):
+    """One function is the way from its rate to the parameters: two, as `mapped` with a gradient needs, take longer than a kernel."""
+
+    def with_gradient(self, solver: BackwardSolver) -> Tensor:
+        return _Gradient.apply(self.rate, self.jacobian, solver, *self.jacobian.leaves)
 
 
 class _Jacobian(TransposedJacobian):
-    """The pass's Jᵀ, with the solve as one call. `memory` is what the struct points to beside the link's weight."""
+    """The pass's Jᵀ, with the solve as one call. The struct points to `leaves`, the input and the parameters, and to `memory`."""
 
-    def __init__(self, link: Link, layer: native.LayerStruct, memory: Any):
+    def __init__(self, link: Link, layer: native.LayerStruct, leaves: Sequence[Tensor], memory: Any):
         super().__init__([link])
-        self._layer, self._memory = layer, memory
+        self.layer, self.leaves, self._memory = layer, leaves, memory
 
     def _solve_layer(self, gradient: Tensor, tol: float, max_iterations: int) -> Tuple[Tensor, float, float]:
-        _check_place(self._layer.w, self.links[0].weight)
-        return native.layer_solve(self._layer, gradient, tol, max_iterations, Anderson.regularisation)
+        _check_place(self.layer.w, self.links[0].weight)
+        return native.layer_solve(self.layer, gradient, tol, max_iterations, Anderson.regularisation)
 
 
 class _Gradient(torch.autograd.Function):
-    """`mapped` with its gradient in the parameters. `memory` is what the struct points to beside them."""
+    """The rate with the gradient of its equilibrium in the parameters."""
 
     @staticmethod
-    def forward(ctx, mapped, layer, memory, x, *parameters):
-        ctx.layer, ctx.memory = layer, memory
-        ctx.save_for_backward(x, *parameters)  # It is an error if they have changed by then.
-        return mapped.view_as(mapped)
+    def forward(ctx, rate, jacobian, solver, *leaves):
+        ctx.jacobian, ctx.solver = jacobian, solver
+        ctx.save_for_backward(*leaves)  # It is an error if they have changed by then.
+        return rate.view_as(rate)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v):
-        parameters = ctx.saved_tensors[1:]  # Read once: activation checkpointing gives them out no second time.
+    def backward(ctx, gradient):
+        layer, parameters = ctx.jacobian.layer, ctx.saved_tensors[1:]
         weight, _, gamma, _, w, g = parameters
-        for place, parameter in zip((ctx.layer.weight, ctx.layer.gamma, ctx.layer.w, ctx.layer.g), (weight, gamma, w, g)):
+        v = ctx.solver(ctx.jacobian, gradient)
+        if v.shape != gradient.shape or not native.serves(v):
+            raise RuntimeError(f"a solver is to return v of the gradient's shape {tuple(gradient.shape)} and dtype, float32, not "
+                               f"{tuple(v.shape)} and {v.dtype}")
+        for place, parameter in zip((layer.weight, layer.gamma, layer.w, layer.g), (weight, gamma, w, g)):
             _check_place(place, parameter)
         gradients = [torch.empty_like(parameter) for parameter in parameters]
-        native.layer_backward(ctx.layer, v.contiguous(), gradients)
+        native.layer_backward(layer, v.contiguous(), gradients)
         return (None, None, None, None, *gradients)
 
 
