@@ -33,8 +33,13 @@ static inline double dot(const float *a, const float *b, ptrdiff_t n)
         vector sum = {0};
         for (ptrdiff_t end = i + 512 < n ? i + 512 : n; i + LANES <= end; i += LANES)
             sum += *(const vector *)(a + i) * *(const vector *)(b + i);
+        double lanes[LANES];
         for (int lane = 0; lane < LANES; lane++)
-            total += sum[lane];
+            lanes[lane] = sum[lane];
+        for (int half = LANES / 2; half > 0; half /= 2) /* pairwise, as one addition after the other would wait */
+            for (int lane = 0; lane < half; lane++)
+                lanes[lane] += lanes[lane + half];
+        total += lanes[0];
     }
     for (; i < n; i++)
         total += a[i] * b[i];
@@ -120,7 +125,7 @@ int simulate_layer(const struct map *map, const float *packed, const float *curr
                    ptrdiff_t steps, ptrdiff_t first_expectation, double most, float normaliser, float threshold, float leak);
 
 int layer_equilibrium(const struct map *map, const float *packed, const float *rates, const float *current, const float *mask,
-                      float *mapped, float *slope, float *gain, ptrdiff_t batch, float threshold);
+                      float *mapped, float *slope, float *gain, float scale, ptrdiff_t batch, float threshold);
 
 int more_active_than(const float *values, ptrdiff_t n, double most);
 

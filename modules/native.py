@@ -78,7 +78,7 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.neuron_step_shared.restype = kernels.spike_step.restype = size
     kernels.spike_drive.argtypes = [pointer] * 8 + [size]
     kernels.product.argtypes = [pointer] * 5 + [size]
-    kernels.layer_equilibrium.argtypes = [pointer] * 8 + [size, real]
+    kernels.layer_equilibrium.argtypes = [pointer] * 8 + [real, size, real]
     kernels.pack_rows.argtypes = [pointer] + [size] * 4 + [real, pointer]
     kernels.pack_rows.restype = None
     kernels.keep_mask.argtypes = [ctypes.c_uint64, pointer, size, ctypes.c_int, real]
@@ -180,10 +180,10 @@ def layer_equilibrium(map: "EventMap", rates: Tensor, current: Tensor, mask: Opt
     Tensors are laid out as `kernel_layout` gives them.
     """
     mapped, slope = torch.empty_like(current), torch.empty_like(current)
-    gain = slope if mask is None else torch.empty_like(current)
-    pointers = (_pointer(tensor) for tensor in (map.packed, rates, current, mask, mapped, slope, gain))
-    _check(library().layer_equilibrium(map.geometry.pointer, *pointers, len(current), threshold))
-    return mapped, slope, gain
+    gain = None if mask is None else torch.empty_like(current)
+    _check(library().layer_equilibrium(map.geometry.pointer, *pointers(map.packed, rates, current, mask, mapped, slope, gain), 1,
+                                       len(current), threshold))
+    return mapped, slope, slope if gain is None else gain
 
 
 def pack_rows(matrix: Tensor) -> Tensor:

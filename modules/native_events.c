@@ -85,7 +85,24 @@ void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_strid
     }
 }
 
-#ifdef __AVX2__
+#if defined __AVX512F__
+#define AT_ONCE 16 /* units that are listed without a branch */
+
+/* Append i plus the number of every set bit to `units`, which holds `count`; what is written behind the last one is overwritten later. */
+static inline int append_bits(int bits, ptrdiff_t i, int *units, int count)
+{
+    __m512i places = _mm512_add_epi32(_mm512_set1_epi32(i), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    _mm512_storeu_si512(units + count, _mm512_maskz_compress_epi32(bits, places));
+    return count + __builtin_popcount(bits);
+}
+
+static inline int active_bits(const float *values)
+{
+    return _mm512_cmp_ps_mask(_mm512_loadu_ps(values), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+}
+#elif defined __AVX2__
+#define AT_ONCE 8
+
 /* The numbers of a byte's set bits, in ascending order, for all bytes. */
 static unsigned char set_bits[256][8];
 
@@ -96,15 +113,17 @@ static __attribute__((constructor)) void fill_set_bits(void)
             if (byte >> bit & 1)
                 set_bits[byte][found++] = bit;
 }
-#endif
 
-#ifdef __AVX2__
-/* Append i plus the number of every set bit to `units`, which holds `count`; what is written behind the last one is overwritten later. */
 static inline int append_bits(int bits, ptrdiff_t i, int *units, int count)
 {
     __m256i places = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)set_bits[bits]));
     _mm256_storeu_si256((__m256i *)(units + count), _mm256_add_epi32(places, _mm256_set1_epi32(i)));
     return count + __builtin_popcount(bits);
+}
+
+static inline int active_bits(const float *values)
+{
+    return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values), _mm256_setzero_ps(), _CMP_NEQ_UQ));
 }
 #endif
 
@@ -112,10 +131,9 @@ static inline int append_bits(int bits, ptrdiff_t i, int *units, int count)
 static int append_active(const float *values, ptrdiff_t from, ptrdiff_t to, int *units, int count)
 {
     ptrdiff_t i = from;
-#ifdef __AVX2__
-    for (; i + 8 <= to; i += 8) /* eight at once without a branch */
-        count = append_bits(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values + i), _mm256_setzero_ps(), _CMP_NEQ_UQ)), i, units,
-                            count);
+#ifdef AT_ONCE
+    for (; i + AT_ONCE <= to; i += AT_ONCE)
+        count = append_bits(active_bits(values + i), i, units, count);
 #endif
     for (; i < to; i++) {
         units[count] = i;
@@ -139,12 +157,12 @@ static inline __attribute__((always_inline)) int
 append_departures(const int8_t *spikes, const int8_t *expected, ptrdiff_t from, ptrdiff_t to, int *units, int count)
 {
     ptrdiff_t i = from;
-#ifdef __AVX2__
+#ifdef AT_ONCE
     for (; i + 16 <= to; i += 16) {
         __m128i usual = expected ? _mm_loadu_si128((const __m128i *)(expected + i)) : _mm_setzero_si128();
-        int bits = ~_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)(spikes + i)), usual));
-        count = append_bits(bits & 255, i, units, count);
-        count = append_bits(bits >> 8 & 255, i + 8, units, count);
+        int bits = ~_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)(spikes + i)), usual)) & 0xffff;
+        for (int part = 0; part < 16; part += AT_ONCE)
+            count = append_bits(bits >> part & ((1 << AT_ONCE) - 1), i + part, units, count);
     }
 #endif
     for (; i < to; i++) {
@@ -387,32 +405,34 @@ int product(const struct map *map, const float *packed, const float *bias, const
     return -failed;
 }
 
-/* From mapped = W rates to what layer_equilibrium gives, for n units; with no mask, gain is left alone. */
+/* From mapped = W rates to what layer_equilibrium gives, for n units. */
 static void saturate_drive(const float *restrict current, const float *restrict mask, float *restrict mapped, float *restrict slope,
-                           float *restrict gain, ptrdiff_t n, float threshold)
+                           float *restrict gain, float scale, ptrdiff_t n, float threshold)
 {
     if (mask)
         for (ptrdiff_t i = 0; i < n; i++) {
             saturate_unit(current[i] + mask[i] * mapped[i], 1.0f, threshold, mapped + i, slope + i);
-            gain[i] = mask[i] * slope[i];
+            gain[i] = mask[i] * slope[i] * scale;
         }
     else
         for (ptrdiff_t i = 0; i < n; i++)
             saturate_unit(current[i] + mapped[i], 1.0f, threshold, mapped + i, slope + i);
+    for (ptrdiff_t i = 0; !mask && gain && i < n; i++)
+        gain[i] = slope[i] * scale;
 }
 
 /* The equilibrium map at rates (batch, in_positions, in_channels) of a layer whose input comes through `map`:
- * mapped = clamp((current + mask * W rates) / threshold, 0, 1), its slope in current, and gain = mask * slope, that in W rates. mask may
- * be null, and gain is left alone then. Returns -1 where memory is short, else 0. */
+ * mapped = clamp((current + mask * W rates) / threshold, 0, 1), its slope in current, and gain = scale * mask * slope, for a scale of 1
+ * that in W rates. mask may be null, and gain too then. Returns -1 where memory is short, else 0. */
 int layer_equilibrium(const struct map *map, const float *packed, const float *rates, const float *current, const float *mask,
-                      float *mapped, float *slope, float *gain, ptrdiff_t batch, float threshold)
+                      float *mapped, float *slope, float *gain, float scale, ptrdiff_t batch, float threshold)
 {
     ptrdiff_t outputs = map->out_positions * map->out_channels;
     if (product(map, packed, NULL, rates, mapped, batch))
         return -1;
 #pragma omp parallel for if (batch * outputs >= PARALLEL_FROM)
     for (ptrdiff_t at = 0; at < batch * outputs; at += outputs)
-        saturate_drive(current + at, mask ? mask + at : NULL, mapped + at, slope + at, gain + at, outputs, threshold);
+        saturate_drive(current + at, mask ? mask + at : NULL, mapped + at, slope + at, gain ? gain + at : NULL, scale, outputs, threshold);
     return 0;
 }
 

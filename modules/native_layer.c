@@ -74,14 +74,8 @@ static int forward(const struct layer *layer, float *scratch)
         status = 1;
     if (status == 0)
         status = layer_equilibrium(layer->map, feedback, layer->rate, current, layer->feedback_mask, layer->mapped, layer->slope,
-                                   layer->gain, batch, layer->threshold);
-    if (status != 0)
-        return status;
-    const float *plain = layer->feedback_mask ? layer->gain : layer->slope;
-#pragma omp parallel for simd if (batch * n >= PARALLEL_FROM)
-    for (ptrdiff_t i = 0; i < batch * n; i++)
-        layer->gain[i] = plain[i] * scale;
-    return 0;
+                                   layer->gain, scale, batch, layer->threshold);
+    return status;
 }
 
 /* rate; and, at it, mapped, slope and gain. Returns 1 where the layer is so active that dense products serve it better, -1 where memory is

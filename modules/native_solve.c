@@ -148,6 +148,7 @@ static ptrdiff_t iterate(const struct map *map, const float *packed, struct solv
 int more_active_than(const float *values, ptrdiff_t n, double most)
 {
     ptrdiff_t count = 0;
+#pragma omp parallel for simd reduction(+ : count) if (n >= PARALLEL_FROM)
     for (ptrdiff_t i = 0; i < n; i++)
         count += values[i] != 0.0f;
     return count > most;
