@@ -12,11 +12,12 @@
 #define MOST_TOGETHER 8 /* fewer share a row of weights in the cache; more leave a thread waiting for another's last samples */
 #define TOGETHER_BELOW 4096 /* units: a larger layer's samples are taken one by one, as their histories would fill the cache */
 
-/* One sample's solve: the iterate x of its `count` active units, their gain and g, and x's history; the best v of all units so far. */
+/* One sample's solve: the iterate x of its `count` active units, their gain and g, and x's history; the best x so far and, in v, what it
+ * sent to all units. */
 struct solve {
     double gram[MEMORY][MEMORY], best;
     const float *all_g;
-    float *v, *product, *x, *gain, *g, *mapped, *residuals;
+    float *v, *product, *x, *best_x, *gain, *g, *mapped, *residuals;
     struct active active;
     int count, slot, used, done;
 };
@@ -49,13 +50,13 @@ static void anderson_weights(double gram[MEMORY][MEMORY], int used, double regul
         weights[i] /= sum;
 }
 
-/* v from the iterate: x itself for the active units, g + B^T (gain x) for the others. */
-static void keep(const struct solve *solve, ptrdiff_t n)
+/* v from the best iterate: x itself for the active units, g + B^T (gain x) for the others. */
+static void finish(const struct solve *solve, ptrdiff_t n)
 {
     for (ptrdiff_t i = 0; i < n; i++)
-        solve->v[i] = solve->all_g[i] + solve->product[i];
+        solve->v[i] += solve->all_g[i];
     for (int k = 0; k < solve->count; k++)
-        solve->v[solve->active.units[k]] = solve->x[k];
+        solve->v[solve->active.units[k]] = solve->best_x[k];
 }
 
 /* After product = B^T (gain x): note the residual, keep x if it is the best, and propose the next x unless this one serves. */
@@ -64,8 +65,10 @@ static void advance(struct solve *solve, ptrdiff_t n, double bound, double regul
     int slot = solve->slot, used = solve->used < MEMORY ? ++solve->used : MEMORY, count = solve->count;
     float *restrict mapped = solve->mapped + slot * n, *restrict residual = solve->residuals + slot * n, *restrict x = solve->x;
     solve->slot = (slot + 1) % MEMORY;
+    for (int k = 0; k < count; k++) /* apart from what the compiler vectorises */
+        mapped[k] = solve->product[solve->active.units[k]];
     for (int k = 0; k < count; k++) {
-        mapped[k] = solve->g[k] + solve->product[solve->active.units[k]];
+        mapped[k] += solve->g[k];
         residual[k] = mapped[k] - x[k];
     }
     for (int i = 0; i < used; i++)
@@ -73,7 +76,8 @@ static void advance(struct solve *solve, ptrdiff_t n, double bound, double regul
     double size = sqrt(solve->gram[slot][slot]), weights[MEMORY];
     if (size < solve->best) {
         solve->best = size;
-        keep(solve, n);
+        memcpy(solve->best_x, x, count * sizeof *x);
+        memcpy(solve->v, solve->product, n * sizeof *x);
     }
     solve->done = !(size > bound) || !isfinite(size);
     if (solve->done)
@@ -91,23 +95,23 @@ static void advance(struct solve *solve, ptrdiff_t n, double bound, double regul
 /* Bytes of one sample's scratch, and its places there; the iteration starts from x = g. */
 static size_t solve_bytes(const struct map *map, ptrdiff_t n)
 {
-    return sizeof(float) * n * (5 + 2 * MEMORY) + sizeof(int) * (n + 1 + map->in_positions + 1);
+    return sizeof(float) * n * (6 + 2 * MEMORY) + sizeof(int) * (n + 1 + map->in_positions + 1);
 }
 
 static void begin(struct solve *solve, const struct map *map, char *scratch, const float *gain, const float *g, float *v, ptrdiff_t n)
 {
     float *floats = (float *)scratch;
-    int *ints = (int *)(floats + n * (5 + 2 * MEMORY)), *units = ints + map->in_positions + 1;
+    int *ints = (int *)(floats + n * (6 + 2 * MEMORY)), *units = ints + map->in_positions + 1;
     *solve = (struct solve){.best = INFINITY, .all_g = g, .v = v, .product = floats, .x = floats + n, .gain = floats + 2 * n,
-                            .g = floats + 3 * n, .mapped = floats + 5 * n, .residuals = floats + (5 + MEMORY) * n,
-                            .active = {ints, units, floats + 4 * n}};
+                            .g = floats + 3 * n, .best_x = floats + 5 * n, .mapped = floats + 6 * n,
+                            .residuals = floats + (6 + MEMORY) * n, .active = {ints, units, floats + 4 * n}};
     list_active(gain, map->in_positions, map->in_channels, &solve->active);
     solve->count = ints[map->in_positions];
     for (int k = 0; k < solve->count; k++) {
         solve->gain[k] = gain[units[k]];
-        solve->x[k] = solve->g[k] = g[units[k]];
+        solve->best_x[k] = solve->x[k] = solve->g[k] = g[units[k]];
     }
-    memcpy(v, g, n * sizeof *g);
+    memset(v, 0, n * sizeof *v);
 }
 
 /* Iterate `count` samples together; those that are done drop out of the products. Returns the number of products. */
@@ -177,8 +181,10 @@ int solve_layer(const struct map *map, const float *packed, const float *gain, c
             begin(solves + s, map, scratch + s * solve_bytes(map, n), gain + at, g + at, v + at, n);
         }
         counted += iterate(map, packed, solves, count, n, bound, most, regularisation);
-        for (int s = 0; s < count; s++)
+        for (int s = 0; s < count; s++) {
+            finish(solves + s, n);
             sum += solves[s].best * solves[s].best;
+        }
     }
     *residual = sqrt(sum) / scale;
     *products = counted;

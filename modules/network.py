@@ -94,7 +94,8 @@ class FeedbackSNN(nn.Module):
     def rate(self, x: Tensor, masks: Masks, observe: Optional[Observer] = None) -> Tensor:
         """The last layer's firing rate, with its gradient if gradients are enabled, kernel by kernel."""
         passed = self.run(x, masks, observe)
-        self.measure(passed)
+        if self.measures_residual:
+            self.measure(passed)
         return passed.with_gradient(self.solver)
 
     def run(self, x: Tensor, masks: Masks, observe: Optional[Observer] = None) -> Pass:
@@ -102,12 +103,12 @@ class FeedbackSNN(nn.Module):
 
         With a surrogate the rate itself carries the gradient then. Raises ValueError where a mask is of another shape.
         """
-        renew_weights(self.feedback, *self.hidden)  # They are read without a call.
         masks = self._ready(masks, x)
         if observe is None and self._is_one_dense_layer and dense_layer.serves(self.input, self.feedback, self.neuron, x, masks):
             passed = dense_layer.run(self.input, self.feedback, self.neuron, x, masks, self.time_steps)
             if passed is not None:
                 return passed
+        renew_weights(self.feedback, *self.hidden)  # They are read without a call.
         weight, mean_input = self.feedback.normalised_weight(), self._mean_input(x)
         with self._rounded_products(x):
             # The membrane has the weights' dtype, whatever the input's; f's convolutions are faster channels last, on every device.
