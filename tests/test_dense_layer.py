@@ -66,8 +66,9 @@ def compare(network, x, monkeypatch):
     return served
 
 
-# Panels of the kernels are 32 and 16 columns wide, their tiles 8 or 3 rows high, and a thread takes 16 units.
-@pytest.mark.parametrize("width,inputs,batch", [(40, 23, 11), (48, 64, 32), (16, 5, 2), (65, 100, 33), (400, 784, 24), (7, 1, 50)])
+# Panels of the kernels are 32 and 16 columns wide and added in pairs, their tiles 10 or 3 rows high, and a thread takes 16 units.
+@pytest.mark.parametrize("width,inputs,batch", [(40, 23, 11), (48, 64, 32), (16, 5, 2), (65, 100, 33), (400, 784, 24), (7, 1, 50),
+                                                (96, 30, 21), (110, 40, 12), (144, 17, 9)])
 @pytest.mark.parametrize("leak", [1.0, 0.9])
 def test_equals_the_pass_module_by_module(width, inputs, batch, leak, monkeypatch):
     network, x = network_and_input(width, inputs, batch, leak)
@@ -166,6 +167,15 @@ def test_the_gradient_can_be_taken_twice_but_not_after_an_update():
     with torch.no_grad():
         network.input.linear.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("wrong", [lambda v: v[:-1], lambda v: v.double()], ids=["shape", "dtype"])
+def test_a_solver_that_returns_something_else_is_an_error(wrong):
+    network, x = network_and_input()
+    network.solver = lambda jacobian, gradient: wrong(gradient)
+    loss = network(x).square().sum()
+    with pytest.raises(RuntimeError, match=r"of the gradient's shape \(11, 40\) and dtype, float32, not"):
         loss.backward()
 
 

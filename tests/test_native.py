@@ -52,7 +52,7 @@ def test_neuron_step_equals_pytorch_bit_for_bit(leak, with_current, monkeypatch)
 @st.composite
 def linear_maps(draw):
     """A linear module of any kind, and an input shape for it."""
-    channels, out, kernel = draw(st.integers(1, 40)), draw(st.integers(1, 70)), draw(st.sampled_from([1, 2, 3, 5]))
+    channels, out, kernel = draw(st.integers(1, 40)), draw(st.integers(1, 140)), draw(st.sampled_from([1, 2, 3, 5]))
     stride, padding = draw(st.integers(1, 3)), draw(st.integers(0, kernel - 1))
     size = [draw(st.integers(kernel, 9)) for _ in range(2)]
     kind = draw(st.sampled_from(["dense", "convolutional", "transposed"]))
