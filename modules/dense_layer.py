@@ -69,7 +69,7 @@ def run(connection: Connection, feedback: Feedback, neuron: Neuron, x: Tensor, m
 
 
 class DensePass(Pass):
-    """One function is the way from its rate to the parameters: two, as `mapped` with a gradient needs, take longer than a kernel."""
+    """Its rate has the gradient by a single function, and `mapped` none: what PyTorch does around two takes longer than a kernel."""
 
     def with_gradient(self, solver: BackwardSolver) -> Tensor:
         return _Gradient.apply(self.rate, self.jacobian, solver, *self.jacobian.leaves)
