@@ -99,7 +99,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        layer, parameters = ctx.jacobian.layer, ctx.saved_tensors[1:]
+        layer, parameters = ctx.jacobian.layer, ctx.saved_tensors[1:]  # Read once: activation checkpointing gives them out no second time.
         weight, _, gamma, _, w, g = parameters
         v = ctx.solver(ctx.jacobian, gradient)
         if v.shape != gradient.shape or not native.serves(v):

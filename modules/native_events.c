@@ -12,7 +12,9 @@
 #define VECTORS (PANEL / LANES)
 #define STAYS 131072 /* floats of a map that stay in a core's second-level cache, about */
 #define TOGETHER 2 /* panels that a product takes at a time, as long as there are so many */
-#define GROUP 8 /* samples that a thread takes through a panel together, so that its rows stay in the cache */
+/* Samples that a thread takes through a panel together, so that its rows stay in the cache. The threads' shares are the same in every
+ * kernel (static schedules): what one has left of a sample is in the cache of the core that goes on with it. */
+#define GROUP 8
 
 static pthread_key_t scratch_key; /* frees a thread's scratch when the thread ends */
 static int has_key;

@@ -94,8 +94,7 @@ class FeedbackSNN(nn.Module):
     def rate(self, x: Tensor, masks: Masks, observe: Optional[Observer] = None) -> Tensor:
         """The last layer's firing rate, with its gradient if gradients are enabled, kernel by kernel."""
         passed = self.run(x, masks, observe)
-        if self.measures_residual:
-            self.measure(passed)
+        self.measure(passed)
         return passed.with_gradient(self.solver)
 
     def run(self, x: Tensor, masks: Masks, observe: Optional[Observer] = None) -> Pass:
@@ -174,10 +173,11 @@ class FeedbackSNN(nn.Module):
             found = mapped, masked(slope, masks.feedback)
         return found[0], TransposedJacobian([Link(self.feedback.map, synapses.weight, rate.shape[1:], found[1])])
 
-    @torch.no_grad()
     def measure(self, passed: Pass) -> None:
         """Leave the pass's distance from equilibrium in `residual`, if it is wanted and known."""
-        if self.measures_residual and passed.mapped is not None:
+        if not self.measures_residual or passed.mapped is None:
+            return
+        with torch.no_grad():
             rate, mapped = passed.rate, passed.mapped
             # Relative to the larger of the two: a network that is still silent is 1 away, not infinitely far.
             size = torch.maximum(torch.linalg.vector_norm(rate), torch.linalg.vector_norm(mapped))
