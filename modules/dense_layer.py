@@ -108,7 +108,7 @@ class _Gradient(torch.autograd.Function):
         for place, parameter in zip((layer.weight, layer.gamma, layer.w, layer.g), (weight, gamma, w, g)):
             _check_place(place, parameter)
         gradients = [torch.empty_like(parameter) for parameter in parameters]
-        native.layer_backward(layer, v.contiguous(), gradients)
+        native.layer_backward(layer, v.contiguous(), getattr(ctx.solver, "tol", 0.0), gradients)
         return (None, None, None, None, *gradients)
 
 

@@ -79,6 +79,9 @@ void list_active(const float *values, ptrdiff_t positions, ptrdiff_t channels, s
 void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_stride, ptrdiff_t rows, ptrdiff_t columns, float scale,
                float *packed);
 
+/* to[i][j] = scale from[j][i] for 8 x 8 floats, `to` having rows of PANEL; from a processor with AVX2 on. */
+void transpose(const float *from, ptrdiff_t stride, float scale, float *to);
+
 /* The factors of a product A B: A's element in row r and column k is at[r * row_step + k * depth_step]; B's row k has panels of PANEL
  * neighbouring floats, panel p at[p * panel_step + k * depth_step]. B may be a matrix as it is or one that pack_rows has packed. */
 struct factor {
@@ -91,8 +94,37 @@ struct panels {
     ptrdiff_t panel_step, depth_step;
 };
 
+/* The 8-bit parts of a number that a matrix unit multiplies, where there is one (native_tiles.c): all of them, or the first two, which
+ * leave a relative error of 2^-17, where the solve of the backward pass is asked for this tolerance or a larger one. */
+#define ALL_PARTS 3
+#define ROUGH_PARTS 2
+#define ROUGH_FROM 1e-4
+
 /* out (rows, columns) = A B, where A has `depth` columns. */
-void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns);
+void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns, int parts);
+
+/* The two ways in which it is done: by vectors, or by the matrix unit, then with 0 returned where there is none, or no memory. */
+void vector_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns);
+int tile_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns, int parts);
+
+/* Products of a few rows at a time with the same B by the matrix unit of the calling thread: its `memory` is to have tiling_bytes, where
+ * tile_panels keeps B in parts for all following calls of tile_rows, with up to TILED_ROWS rows of A. Where there is something `before`,
+ * the product is added to what `out` holds. */
+#define TILED_ROWS 32
+
+struct tiling {
+    ptrdiff_t depth, columns;
+    int parts;
+    void *memory;
+};
+
+int has_tiles(void);
+
+size_t tiling_bytes(const struct tiling *tiling);
+
+void tile_panels(const struct tiling *tiling, struct panels b);
+
+void tile_rows(const struct tiling *tiling, struct factor a, ptrdiff_t rows, float *out, ptrdiff_t out_step, int before);
 
 /* Memory that begins with a line of the cache; null where there is none. What malloc gives has every vector of a large array lie across
  * two lines, and beside aligned_alloc's PyTorch's heap grows by tens of megabytes. */
@@ -118,6 +150,8 @@ static inline void give_lines(void *lines)
 /* Such memory of the calling thread, at least so many bytes, valid until its next call; null where there is none. */
 void *thread_scratch(size_t bytes);
 
+int most_threads(void);
+
 ptrdiff_t neuron_step(const float *current, const float *synaptic, const float *mask, float *potential, int8_t *spikes, float *total,
                       uint8_t *count, ptrdiff_t n, float threshold, float leak);
 
@@ -129,8 +163,14 @@ int layer_equilibrium(const struct map *map, const float *packed, const float *r
 
 int more_active_than(const float *values, ptrdiff_t n, double most);
 
-int solve_layer(const struct map *map, const float *packed, const float *gain, const float *g, float *v, ptrdiff_t batch, double tol,
+/* v = g + B^T (gain v), where `map` is that of B^T, from the layer to itself; gain, g, v: (batch, n). Every sample is solved to a residual
+ * of at most tol |g| / sqrt(batch), where |g| is that of the whole batch, or `most` products. `residual` becomes the joint one relative to
+ * |g| (to 1 where that is 0), `products` the number of products over all samples. The panels are B^T's; only where solves_by_tiles they
+ * need not be packed. Returns -1 where memory is short, else 0. */
+int solve_layer(const struct map *map, struct panels panels, const float *gain, const float *g, float *v, ptrdiff_t batch, double tol,
                 ptrdiff_t most, double regularisation, double *residual, ptrdiff_t *products);
+
+int solves_by_tiles(const struct map *map, ptrdiff_t batch, double tol);
 
 void power_iteration(const float *w, const float *u, float *next, float *v, float *sigma, ptrdiff_t rows, ptrdiff_t columns);
 

@@ -28,8 +28,8 @@ _FOLDER = Path(__file__).parent
 _COMPILE = ["cc", "-O3", "-fPIC", *(["-fopenmp"] if sys.platform == "linux" else []), "-c"]
 _TUNED = (["-march=native"], ["-mcpu=native"], [])  # Which of them a compiler knows depends on it and on the processor.
 _SOURCES = {"native_neuron.c": ["-ffp-contract=off"],
-            **dict.fromkeys(("native_events.c", "native_solve.c", "native_spectral.c", "native_dense.c", "native_layer.c", "native_norm.c"),
-                            ["-ffp-contract=fast"])}
+            **dict.fromkeys(("native_events.c", "native_solve.c", "native_spectral.c", "native_dense.c", "native_tiles.c", "native_layer.c",
+                             "native_norm.c"), ["-ffp-contract=fast"])}
 _LINK = ["cc", "-shared", "-lm"]
 
 
@@ -92,11 +92,11 @@ def library() -> Optional[ctypes.CDLL]:
     kernels.more_active_than.argtypes = [pointer, size, double]
     kernels.layer_forward.argtypes = [ctypes.POINTER(LayerStruct)]
     kernels.layer_solve.argtypes = [ctypes.POINTER(LayerStruct), pointer, pointer, double, size, double, pointer, pointer]
-    kernels.layer_backward.argtypes = [ctypes.POINTER(LayerStruct), *[pointer] * 7]
+    kernels.layer_backward.argtypes = [ctypes.POINTER(LayerStruct), pointer, double, *[pointer] * 6]
     kernels.norm_forward.argtypes = [ctypes.POINTER(NormStruct), pointer, real, pointer]
     kernels.norm_rates.argtypes = [ctypes.POINTER(NormStruct), pointer]
     kernels.norm_backward.argtypes = [ctypes.POINTER(NormStruct), *[pointer] * 4]
-    kernels.solve_layer.argtypes = [pointer] * 5 + [size, double, size, double] + [pointer] * 2
+    kernels.solve_packed.argtypes = [pointer] * 5 + [size, double, size, double] + [pointer] * 2
     return kernels
 
 
@@ -257,7 +257,7 @@ def solve_layer(adjoint: "EventMap", gain: Tensor, gradient: Tensor, tol: float,
     """
     v, residual, products = torch.empty_like(gradient), ctypes.c_double(), ctypes.c_ssize_t()
     pointers = map(_pointer, (adjoint.packed, gain, gradient, v))
-    _check(library().solve_layer(adjoint.geometry.pointer, *pointers, len(gradient), tol, max_iterations, regularisation,
+    _check(library().solve_packed(adjoint.geometry.pointer, *pointers, len(gradient), tol, max_iterations, regularisation,
                                  ctypes.byref(residual), ctypes.byref(products)))
     return v, residual.value, products.value / len(gradient)
 
@@ -279,9 +279,9 @@ def layer_solve(layer: LayerStruct, gradient: Tensor, tol: float, max_iterations
     return v, residual.value, products.value / len(gradient)
 
 
-def layer_backward(layer: LayerStruct, v: Tensor, gradients: Sequence[Tensor]) -> None:
-    """Write the gradients in its six parameters, for the solved v (batch, units)."""
-    _check(library().layer_backward(layer, *pointers(v, *gradients)))
+def layer_backward(layer: LayerStruct, v: Tensor, tol: float, gradients: Sequence[Tensor]) -> None:
+    """Write the gradients in its six parameters, for v (batch, units) that was solved to a residual of `tol`."""
+    _check(library().layer_backward(layer, v.data_ptr(), tol, *pointers(*gradients)))
 
 
 def norm_forward(norm: "SaturatedNorm", mask: Optional[Tensor], epsilon: float, rate: Tensor) -> None:

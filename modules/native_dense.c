@@ -6,6 +6,7 @@
 
 #define VECTORS (PANEL / LANES)
 #define ROWS (LANES == 16 ? 10 : 3) /* of the result that stay in the processor's registers, a panel wide */
+#define TILES_FROM_ROWS 96 /* of the result: with fewer, splitting B takes longer than tiles shorten the product */
 
 /* out = A B for ROWS rows and vectors * LANES columns of the result. A constant row_step spares a register, or a load, for every row. */
 static inline __attribute__((always_inline)) void
@@ -41,7 +42,7 @@ static void corner(struct factor a, const float *b, ptrdiff_t b_step, ptrdiff_t 
     }
 }
 
-void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns)
+void vector_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns)
 {
 #pragma omp parallel for
     for (ptrdiff_t r = 0; r < rows; r += ROWS) {
@@ -64,4 +65,10 @@ void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows,
                 corner(these, panel, b.depth_step, depth, to, columns, height, width);
         }
     }
+}
+
+void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns, int parts)
+{
+    if (rows < TILES_FROM_ROWS || !tile_product(a, b, out, rows, depth, columns, parts))
+        vector_product(a, b, out, rows, depth, columns);
 }

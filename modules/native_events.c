@@ -24,6 +24,15 @@ __attribute__((constructor)) static void make_scratch_key(void)
     has_key = pthread_key_create(&scratch_key, give_lines) == 0;
 }
 
+int most_threads(void)
+{
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
 void *thread_scratch(size_t bytes)
 {
     static _Thread_local char *memory;
@@ -39,8 +48,7 @@ void *thread_scratch(size_t bytes)
 }
 
 #ifdef __AVX2__
-/* to[i][j] = scale from[j][i] for 8 x 8 floats, `to` having rows of PANEL. */
-static void transpose(const float *from, ptrdiff_t stride, float scale, float *to)
+void transpose(const float *from, ptrdiff_t stride, float scale, float *to)
 {
     __m256 row[8], pair[8];
     for (int j = 0; j < 8; j++)
@@ -289,12 +297,8 @@ void add_rows(const struct map *map, const float *packed, const float *bias, con
 /* Samples for a thread at a time, fewer than GROUP where that leaves work for every thread. */
 static ptrdiff_t group_size(ptrdiff_t batch)
 {
-#ifdef _OPENMP
-    ptrdiff_t share = (batch + omp_get_max_threads() - 1) / omp_get_max_threads();
+    ptrdiff_t share = (batch + most_threads() - 1) / most_threads();
     return share < GROUP ? share : GROUP;
-#else
-    return batch < GROUP ? batch : GROUP;
-#endif
 }
 
 /* Bytes of scratch for a group's lists, factors and products, and their places in it. */

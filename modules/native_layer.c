@@ -63,7 +63,8 @@ static int forward(const struct layer *layer, float *scratch)
     ptrdiff_t batch = layer->batch, inputs = layer->inputs, n = layer->units;
     float *packed = scratch, *y = packed + packed_floats(inputs, batch), *current = y + batch * n, *feedback = current + batch * n;
     pack_rows(layer->x, 1, inputs, inputs, batch, 1, packed);
-    dense_product((struct factor){layer->weight, inputs, 1}, (struct panels){packed, inputs * PANEL, PANEL}, y, n, inputs, batch);
+    dense_product((struct factor){layer->weight, inputs, 1}, (struct panels){packed, inputs * PANEL, PANEL}, y, n, inputs, batch,
+                  ALL_PARTS);
     normalise_batch(layer, y, current);
     power_iteration(layer->w, layer->u, layer->new_u, layer->new_v, layer->sigma, n, n);
     float bounded = *layer->g > 1 ? 1 : *layer->g < -1 ? -1 : *layer->g, scale = *layer->scale = bounded / *layer->sigma;
@@ -103,11 +104,16 @@ int layer_solve(const struct layer *layer, const float *g, float *v, double tol,
                 ptrdiff_t *products)
 {
     ptrdiff_t n = layer->units;
-    float *packed = take_lines(sizeof *packed * packed_floats(n, n));
-    if (!packed)
-        return -1;
-    pack_rows(layer->w, n, 1, n, n, 1, packed);
-    int status = solve_layer(layer->map, packed, layer->gain, g, v, layer->batch, tol, most, regularisation, residual, products);
+    struct panels panels = {layer->w, PANEL, n};
+    float *packed = NULL;
+    if (!solves_by_tiles(layer->map, layer->batch, tol)) {
+        packed = take_lines(sizeof *packed * packed_floats(n, n));
+        if (!packed)
+            return -1;
+        pack_rows(layer->w, n, 1, n, n, 1, packed);
+        panels = (struct panels){packed, n * PANEL, PANEL};
+    }
+    int status = solve_layer(layer->map, panels, layer->gain, g, v, layer->batch, tol, most, regularisation, residual, products);
     give_lines(packed);
     return status;
 }
@@ -167,23 +173,25 @@ static void elementwise_backward(const struct layer *layer, const float *v, floa
             MASKED(n - first < UNITS ? n - first : UNITS, layer->input_mask != NULL, layer->feedback_mask != NULL);
 }
 
-/* The gradients of v^T mapped in every parameter, for v (batch, units). Returns -1 where memory is short, else 0. */
-int layer_backward(const struct layer *layer, const float *v, float *of_weight, float *of_bias, float *of_gamma, float *of_beta,
+/* The gradients of v^T mapped in every parameter, for v (batch, units) that was solved to a residual of tol. Returns -1 where memory is
+ * short, else 0. */
+int layer_backward(const struct layer *layer, const float *v, double tol, float *of_weight, float *of_bias, float *of_gamma, float *of_beta,
                    float *of_w, float *of_g)
 {
     ptrdiff_t batch = layer->batch, inputs = layer->inputs, n = layer->units;
     float *scratch = take_lines(sizeof *scratch * (2 * n + 2 * batch * n + packed_floats(batch, inputs)));
     if (!scratch)
         return -1;
+    int parts = tol >= ROUGH_FROM ? ROUGH_PARTS : ALL_PARTS;
     double *sums = (double *)scratch;
     float *received = scratch + 2 * n, *delta = received + batch * n, *packed = delta + batch * n;
     elementwise_backward(layer, v, received, delta, of_beta, of_gamma, of_bias);
-    dense_product((struct factor){received, 1, n}, (struct panels){layer->rate, PANEL, n}, of_w, n, batch, n); /* for B, then for w */
+    dense_product((struct factor){received, 1, n}, (struct panels){layer->rate, PANEL, n}, of_w, n, batch, n, parts); /* of B, then of w */
     normalised_backward(of_w, layer->w, layer->new_u, layer->new_v, *layer->scale, *layer->sigma, sums, of_g, of_w, n, n);
     if (*layer->g > 1 || *layer->g < -1)
         *of_g = 0;
     pack_rows(layer->x, inputs, 1, batch, inputs, 1, packed); /* rows so far apart would each lie in a page of their own */
-    dense_product((struct factor){delta, 1, n}, (struct panels){packed, batch * PANEL, PANEL}, of_weight, n, batch, inputs);
+    dense_product((struct factor){delta, 1, n}, (struct panels){packed, batch * PANEL, PANEL}, of_weight, n, batch, inputs, parts);
     give_lines(scratch);
     return 0;
 }

@@ -9,7 +9,8 @@
 #include <string.h>
 
 #define MEMORY 5 /* of Anderson acceleration */
-#define MOST_TOGETHER 8 /* fewer share a row of weights in the cache; more leave a thread waiting for another's last samples */
+#define TOGETHER 8 /* samples: fewer share a row of weights in the cache; more leave a thread waiting for another's last ones */
+#define TILED_BYTES 1048576 /* of a weight in parts, which is to stay in the second-level cache */
 #define TOGETHER_BELOW 4096 /* units: a larger layer's samples are taken one by one, as their histories would fill the cache */
 
 /* One sample's solve: the iterate x of its `count` active units, their gain and g, and x's history; the best x so far and, in v, what it
@@ -114,36 +115,70 @@ static void begin(struct solve *solve, const struct map *map, char *scratch, con
     memset(v, 0, n * sizeof *v);
 }
 
+/* How products with B^T are made: event-driven, from packed panels, or, where the tiling has memory, by the matrix unit. */
+struct feedback {
+    const struct map *map;
+    struct panels panels;
+    struct tiling tiling;
+    float *sent, *received; /* a vector for each sample */
+};
+
+/* product = B^T (gain x) of the samples that are not done. Returns how many there are. */
+static int send_back(const struct feedback *feedback, struct solve *solves, int count, ptrdiff_t n)
+{
+    struct active active[TILED_ROWS];
+    float *out[TILED_ROWS];
+    int going = 0, tiled = feedback->tiling.memory != NULL;
+    for (int s = 0; s < count; s++) {
+        struct solve *solve = solves + s;
+        if (solve->done)
+            continue;
+        if (tiled) {
+            float *sent = feedback->sent + going * n;
+            memset(sent, 0, n * sizeof *sent);
+            for (int k = 0; k < solve->count; k++)
+                sent[solve->active.units[k]] = solve->gain[k] * solve->x[k];
+            solve->product = feedback->received + going * n;
+        } else
+            for (int k = 0; k < solve->count; k++)
+                solve->active.factors[k] = solve->gain[k] * solve->x[k];
+        active[going] = solve->active;
+        out[going++] = solve->product;
+    }
+    if (going > 0 && tiled)
+        tile_rows(&feedback->tiling, (struct factor){feedback->sent, n, 1}, going, feedback->received, n, 0);
+    else if (going > 0)
+        add_rows(feedback->map, feedback->panels.at, NULL, active, out, going);
+    return going;
+}
+
+/* Of every TOGETHER neighbours, however many are iterated at a time, all are done once their joint residual is within the bound. */
+static void stop(struct solve *solves, int count, double bound)
+{
+    for (int first = 0, end; first < count; first = end) {
+        double squares = 0;
+        end = first + TOGETHER < count ? first + TOGETHER : count;
+        for (int s = first; s < end; s++)
+            squares += solves[s].best * solves[s].best;
+        for (int s = first; s < end && squares <= (end - first) * bound * bound; s++)
+            solves[s].done = 1;
+    }
+}
+
 /* Iterate `count` samples together; those that are done drop out of the products. Returns the number of products. */
-static ptrdiff_t iterate(const struct map *map, const float *packed, struct solve *solves, int count, ptrdiff_t n, double bound,
-                         ptrdiff_t most, double regularisation)
+static ptrdiff_t iterate(const struct feedback *feedback, struct solve *solves, int count, ptrdiff_t n, double bound, ptrdiff_t most,
+                         double regularisation)
 {
     ptrdiff_t products = 0;
     for (ptrdiff_t iteration = 0; iteration < most; iteration++) {
-        struct active active[MOST_TOGETHER];
-        float *out[MOST_TOGETHER];
-        int going = 0;
-        for (int s = 0; s < count; s++) {
-            struct solve *solve = solves + s;
-            if (solve->done)
-                continue;
-            for (int k = 0; k < solve->count; k++)
-                solve->active.factors[k] = solve->gain[k] * solve->x[k];
-            active[going] = solve->active;
-            out[going++] = solve->product;
-        }
+        int going = send_back(feedback, solves, count, n);
         if (going == 0)
             break;
         products += going;
-        add_rows(map, packed, NULL, active, out, going);
-        double squares = 0;
-        for (int s = 0; s < count; s++) {
+        for (int s = 0; s < count; s++)
             if (!solves[s].done)
                 advance(solves + s, n, bound, regularisation);
-            squares += solves[s].best * solves[s].best;
-        }
-        if (squares <= count * bound * bound)
-            break;
+        stop(solves, count, bound);
     }
     return products;
 }
@@ -158,35 +193,67 @@ int more_active_than(const float *values, ptrdiff_t n, double most)
     return count > most;
 }
 
-/* `map` and `packed` are those of B^T, from the layer to itself; gain, g, v: (batch, n). Every sample is solved to a residual of at most
- * tol |g| / sqrt(batch), where |g| is that of the whole batch, or `most` products. `residual` becomes the joint one relative to |g| (to 1
- * where that is 0), `products` the number of products over all samples. Returns -1 where memory is short, else 0. */
-int solve_layer(const struct map *map, const float *packed, const float *gain, const float *g, float *v, ptrdiff_t batch, double tol,
+static struct tiling tiling_of(const struct map *map)
+{
+    return (struct tiling){.depth = map->rows, .columns = map->out_channels, .parts = ROUGH_PARTS};
+}
+
+/* Neither this nor where samples stop depends on the number of threads, so that no result does. */
+int solves_by_tiles(const struct map *map, ptrdiff_t batch, double tol)
+{
+    struct tiling tiling = tiling_of(map);
+    return has_tiles() && batch >= TILED_ROWS && tol >= ROUGH_FROM && map->in_positions == 1 && map->out_positions == 1
+           && tiling_bytes(&tiling) <= TILED_BYTES;
+}
+
+int solve_layer(const struct map *map, struct panels panels, const float *gain, const float *g, float *v, ptrdiff_t batch, double tol,
                 ptrdiff_t most, double regularisation, double *residual, ptrdiff_t *products)
 {
-    ptrdiff_t n = map->out_positions * map->out_channels, together = n < TOGETHER_BELOW ? MOST_TOGETHER : 1, counted = 0;
+    ptrdiff_t n = map->out_positions * map->out_channels, together = n < TOGETHER_BELOW ? TOGETHER : 1, counted = 0;
     double size = sqrt(dot(g, g, batch * n)), scale = size == 0 ? 1 : size, bound = tol * scale / sqrt(batch), sum = 0;
-    int failed = 0;
-#pragma omp parallel for schedule(static) reduction(| : failed) reduction(+ : sum, counted)
-    for (ptrdiff_t first = 0; first < batch; first += together) {
-        int count = batch - first < together ? batch - first : together;
-        struct solve solves[MOST_TOGETHER];
-        char *scratch = thread_scratch(together * solve_bytes(map, n));
-        if (!scratch) {
-            failed = 1;
-            continue;
+    struct tiling tiling = tiling_of(map);
+    size_t each = solve_bytes(map, n), split = 0, vectors = 0;
+    int tiled = solves_by_tiles(map, batch, tol), failed = 0;
+    if (tiled) {
+        while (together < TILED_ROWS && batch >= 2 * together * most_threads())
+            together *= 2;
+        split = tiling_bytes(&tiling);
+        vectors = together * n;
+    }
+#pragma omp parallel reduction(| : failed) reduction(+ : sum, counted)
+    {
+        char *scratch = thread_scratch(split + 2 * vectors * sizeof(float) + together * each);
+        float *sent = (float *)(scratch + split), *received = sent + vectors;
+        struct feedback feedback = {map, panels, tiling, sent, received};
+        failed = scratch == NULL;
+        if (tiled && !failed) {
+            feedback.tiling.memory = scratch;
+            tile_panels(&feedback.tiling, panels);
         }
-        for (int s = 0; s < count; s++) {
-            ptrdiff_t at = (first + s) * n;
-            begin(solves + s, map, scratch + s * solve_bytes(map, n), gain + at, g + at, v + at, n);
-        }
-        counted += iterate(map, packed, solves, count, n, bound, most, regularisation);
-        for (int s = 0; s < count; s++) {
-            finish(solves + s, n);
-            sum += solves[s].best * solves[s].best;
+#pragma omp for schedule(static)
+        for (ptrdiff_t first = 0; first < batch; first += together) {
+            int count = failed ? 0 : batch - first < together ? batch - first : together;
+            struct solve solves[TILED_ROWS];
+            for (int s = 0; s < count; s++) {
+                ptrdiff_t at = (first + s) * n;
+                begin(solves + s, map, (char *)(received + vectors) + s * each, gain + at, g + at, v + at, n);
+            }
+            counted += iterate(&feedback, solves, count, n, bound, most, regularisation);
+            for (int s = 0; s < count; s++) {
+                finish(solves + s, n);
+                sum += solves[s].best * solves[s].best;
+            }
         }
     }
     *residual = sqrt(sum) / scale;
     *products = counted;
     return -failed;
+}
+
+/* The same from packed panels. */
+int solve_packed(const struct map *map, const float *packed, const float *gain, const float *g, float *v, ptrdiff_t batch, double tol,
+                 ptrdiff_t most, double regularisation, double *residual, ptrdiff_t *products)
+{
+    return solve_layer(map, (struct panels){packed, map->rows * PANEL, PANEL}, gain, g, v, batch, tol, most, regularisation, residual,
+                       products);
 }

@@ -1,4 +1,4 @@
-"""What some tests need: a C compiler, a CUDA device, or Triton, in whose interpreter they then run."""
+"""What some tests need: a C compiler, a processor with a matrix unit, a CUDA device, or Triton, in whose interpreter they then run."""
 
 import importlib.util
 import shutil
@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from modules import native
+
 # Where the Makefile puts Triton beside a CPU build of PyTorch.
 TRITON_APART = Path(sys.prefix) / "triton"
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler, so no kernels")
+needs_tiles = pytest.mark.skipif(native.library() is None or not native.library().has_tiles(), reason="the processor has no matrix unit")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 needs_interpreter = pytest.mark.skipif(not (TRITON_APART / "triton").exists() and importlib.util.find_spec("triton") is None,
                                        reason="Triton is not installed: make test does that on Linux")

@@ -23,7 +23,7 @@ def product_of(map, weight, gain):
 
 
 @pytest.mark.parametrize("feedback,shape,batch", FEEDBACKS)
-@pytest.mark.parametrize("tol", [1e-2, 1e-5])
+@pytest.mark.parametrize("tol", [1e-2, 1e-5, 1e-6])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_layer_solve_reaches_the_tolerance_and_says_so(feedback, shape, batch, tol, threads):
     torch.set_num_threads(threads)
