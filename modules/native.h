@@ -122,7 +122,7 @@ int has_tiles(void);
 
 size_t tiling_bytes(const struct tiling *tiling);
 
-void tile_panels(const struct tiling *tiling, struct panels b);
+void tile_panels(const struct tiling *tiling, struct panels b, ptrdiff_t columns);
 
 void tile_rows(const struct tiling *tiling, struct factor a, ptrdiff_t rows, float *out, ptrdiff_t out_step, int before);
 

@@ -115,6 +115,11 @@ static void begin(struct solve *solve, const struct map *map, char *scratch, con
     memset(v, 0, n * sizeof *v);
 }
 
+static inline ptrdiff_t rounded(ptrdiff_t number, ptrdiff_t step)
+{
+    return (number + step - 1) / step * step;
+}
+
 /* How products with B^T are made: event-driven, from packed panels, or, where the tiling has memory, by the matrix unit. */
 struct feedback {
     const struct map *map;
@@ -138,7 +143,7 @@ static int send_back(const struct feedback *feedback, struct solve *solves, int 
             memset(sent, 0, n * sizeof *sent);
             for (int k = 0; k < solve->count; k++)
                 sent[solve->active.units[k]] = solve->gain[k] * solve->x[k];
-            solve->product = feedback->received + going * n;
+            solve->product = feedback->received + going * feedback->tiling.columns;
         } else
             for (int k = 0; k < solve->count; k++)
                 solve->active.factors[k] = solve->gain[k] * solve->x[k];
@@ -146,7 +151,8 @@ static int send_back(const struct feedback *feedback, struct solve *solves, int 
         out[going++] = solve->product;
     }
     if (going > 0 && tiled)
-        tile_rows(&feedback->tiling, (struct factor){feedback->sent, n, 1}, going, feedback->received, n, 0);
+        tile_rows(&feedback->tiling, (struct factor){feedback->sent, n, 1}, rounded(going, TILED_ROWS / 2), feedback->received,
+                  feedback->tiling.columns, 0); /* with rows of earlier samples, where whole tiles need some */
     else if (going > 0)
         add_rows(feedback->map, feedback->panels.at, NULL, active, out, going);
     return going;
@@ -195,7 +201,7 @@ int more_active_than(const float *values, ptrdiff_t n, double most)
 
 static struct tiling tiling_of(const struct map *map)
 {
-    return (struct tiling){.depth = map->rows, .columns = map->out_channels, .parts = ROUGH_PARTS};
+    return (struct tiling){.depth = map->rows, .columns = rounded(map->out_channels, PANEL), .parts = ROUGH_PARTS};
 }
 
 /* Neither this nor where samples stop depends on the number of threads, so that no result does. */
@@ -212,23 +218,24 @@ int solve_layer(const struct map *map, struct panels panels, const float *gain, 
     ptrdiff_t n = map->out_positions * map->out_channels, together = n < TOGETHER_BELOW ? TOGETHER : 1, counted = 0;
     double size = sqrt(dot(g, g, batch * n)), scale = size == 0 ? 1 : size, bound = tol * scale / sqrt(batch), sum = 0;
     struct tiling tiling = tiling_of(map);
-    size_t each = solve_bytes(map, n), split = 0, vectors = 0;
+    size_t each = solve_bytes(map, n), split = 0, rows = 0;
     int tiled = solves_by_tiles(map, batch, tol), failed = 0;
     if (tiled) {
         while (together < TILED_ROWS && batch >= 2 * together * most_threads())
             together *= 2;
         split = tiling_bytes(&tiling);
-        vectors = together * n;
+        rows = rounded(together, TILED_ROWS / 2);
     }
 #pragma omp parallel reduction(| : failed) reduction(+ : sum, counted)
     {
-        char *scratch = thread_scratch(split + 2 * vectors * sizeof(float) + together * each);
-        float *sent = (float *)(scratch + split), *received = sent + vectors;
+        char *scratch = thread_scratch(split + rows * (n + tiling.columns) * sizeof(float) + together * each);
+        float *sent = (float *)(scratch + split), *received = sent + rows * n, *solves_at = received + rows * tiling.columns;
         struct feedback feedback = {map, panels, tiling, sent, received};
         failed = scratch == NULL;
         if (tiled && !failed) {
             feedback.tiling.memory = scratch;
-            tile_panels(&feedback.tiling, panels);
+            tile_panels(&feedback.tiling, panels, n);
+            memset(sent, 0, rows * n * sizeof *sent);
         }
 #pragma omp for schedule(static)
         for (ptrdiff_t first = 0; first < batch; first += together) {
@@ -236,7 +243,7 @@ int solve_layer(const struct map *map, struct panels panels, const float *gain, 
             struct solve solves[TILED_ROWS];
             for (int s = 0; s < count; s++) {
                 ptrdiff_t at = (first + s) * n;
-                begin(solves + s, map, (char *)(received + vectors) + s * each, gain + at, g + at, v + at, n);
+                begin(solves + s, map, (char *)solves_at + s * each, gain + at, g + at, v + at, n);
             }
             counted += iterate(&feedback, solves, count, n, bound, most, regularisation);
             for (int s = 0; s < count; s++) {

@@ -189,12 +189,12 @@ size_t tiling_bytes(const struct tiling *tiling)
     return sizeof(struct tile) * blocks_of(tiling->depth) * tiling->parts * 2 * ((tiling->columns + PANEL - 1) / PANEL + 1);
 }
 
-static inline __attribute__((always_inline)) void tile_panels_in(const struct tiling *tiling, struct panels b, const int parts)
+static inline __attribute__((always_inline)) void tile_panels_in(const struct tiling *tiling, struct panels b, ptrdiff_t columns, const int parts)
 {
     ptrdiff_t panel_tiles = 2 * blocks_of(tiling->depth) * parts;
     struct tile *to = (struct tile *)tiling->memory + panel_tiles; /* behind the two strips, which take as much */
     for (ptrdiff_t c = 0; c < tiling->columns; c += PANEL, b.at += b.panel_step, to += panel_tiles)
-        split_panel(b.at, b.depth_step, tiling->columns - c, tiling->depth, to, parts);
+        split_panel(b.at, b.depth_step, columns - c, tiling->depth, to, parts);
 }
 
 static inline __attribute__((always_inline)) void
@@ -222,12 +222,12 @@ tile_rows_in(const struct tiling *tiling, struct factor a, ptrdiff_t rows, float
 }
 
 /* Constants let the compiler unroll what is done for every part. */
-void tile_panels(const struct tiling *tiling, struct panels b)
+void tile_panels(const struct tiling *tiling, struct panels b, ptrdiff_t columns)
 {
     if (tiling->parts == 3)
-        tile_panels_in(tiling, b, 3);
+        tile_panels_in(tiling, b, columns, 3);
     else
-        tile_panels_in(tiling, b, 2);
+        tile_panels_in(tiling, b, columns, 2);
 }
 
 void tile_rows(const struct tiling *tiling, struct factor a, ptrdiff_t rows, float *out, ptrdiff_t out_step, int before)
@@ -260,7 +260,8 @@ int tile_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, p
             for (ptrdiff_t c = 0; c < columns; c += widest.columns) {
                 tiling.depth = depth - k < deepest ? depth - k : deepest;
                 tiling.columns = columns - c < widest.columns ? columns - c : widest.columns;
-                tile_panels(&tiling, (struct panels){b.at + c / PANEL * b.panel_step + k * b.depth_step, b.panel_step, b.depth_step});
+                tile_panels(&tiling, (struct panels){b.at + c / PANEL * b.panel_step + k * b.depth_step, b.panel_step, b.depth_step},
+                            tiling.columns);
                 for (ptrdiff_t r = first; r < end; r += TILED_ROWS)
                     tile_rows(&tiling, (struct factor){a.at + r * a.row_step + k * a.depth_step, a.row_step, a.depth_step},
                               end - r < TILED_ROWS ? end - r : TILED_ROWS, out + r * columns + c, columns, k > 0);
@@ -279,7 +280,7 @@ size_t tiling_bytes(const struct tiling *tiling)
     return 0;
 }
 
-void tile_panels(const struct tiling *tiling, struct panels b)
+void tile_panels(const struct tiling *tiling, struct panels b, ptrdiff_t columns)
 {
 }
 
