@@ -108,7 +108,8 @@ class _Gradient(torch.autograd.Function):
         for place, parameter in zip((layer.weight, layer.gamma, layer.w, layer.g), (weight, gamma, w, g)):
             _check_place(place, parameter)
         gradients = [torch.empty_like(parameter) for parameter in parameters]
-        native.layer_backward(layer, v.contiguous(), getattr(ctx.solver, "tol", 0.0), gradients)
+        tol = ctx.solver.tol if isinstance(ctx.solver, BackwardSolver) else 0.0  # Of another solver nothing is known.
+        native.layer_backward(layer, v.contiguous(), tol, gradients)
         return (None, None, None, None, *gradients)
 
 
