@@ -50,7 +50,7 @@ class BackwardSolver:
     A residual of 1e-3 gives the parameters' gradient to about 1e-3, less than what stands between the rates after T steps and
     the true equilibrium. `tally` counts the solves and those that did not converge. On a CPU, the samples of a single-layer network,
     which are independent, are solved one by one by a C kernel to the same joint residual; the iterations counted are then their mean.
-    With a tolerance of 1e-4 or more a matrix unit's products in this pass have a relative error of 5e-6.
+    With a tolerance of 1e-3 or more a matrix unit's products in this pass have a relative error of 4e-6, root mean square.
     Where synchronised batch norms couple the samples of several processes, these solve together, and the first one counts it. Raises
     ValueError for an unknown method, a tolerance of 0 or less, and less than one iteration.
     """

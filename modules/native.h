@@ -11,6 +11,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #define PANEL 32
 
@@ -79,8 +82,28 @@ void list_active(const float *values, ptrdiff_t positions, ptrdiff_t channels, s
 void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_stride, ptrdiff_t rows, ptrdiff_t columns, float scale,
                float *packed);
 
-/* to[i][j] = scale from[j][i] for 8 x 8 floats, `to` having rows of PANEL; from a processor with AVX2 on. */
-void transpose(const float *from, ptrdiff_t stride, float scale, float *to);
+#ifdef __AVX2__
+/* to[i][j] = scale from[j][i] for 8 x 8 floats, `to` having rows of PANEL. */
+static inline void transpose(const float *from, ptrdiff_t stride, float scale, float *to)
+{
+    __m256 row[8], pair[8];
+    for (int j = 0; j < 8; j++)
+        row[j] = _mm256_mul_ps(_mm256_loadu_ps(from + j * stride), _mm256_set1_ps(scale));
+    for (int j = 0; j < 8; j += 2) { /* pair[j]: columns 0, 1, 4, 5 of rows j and j + 1; pair[j + 1]: columns 2, 3, 6, 7 */
+        pair[j] = _mm256_unpacklo_ps(row[j], row[j + 1]);
+        pair[j + 1] = _mm256_unpackhi_ps(row[j], row[j + 1]);
+    }
+    for (int half = 0; half < 8; half += 4) /* row[half + c]: columns c and c + 4 of rows half .. half + 3 */
+        for (int high = 0; high < 2; high++) {
+            row[half + 2 * high] = _mm256_shuffle_ps(pair[half + high], pair[half + 2 + high], 0x44);
+            row[half + 2 * high + 1] = _mm256_shuffle_ps(pair[half + high], pair[half + 2 + high], 0xee);
+        }
+    for (int column = 0; column < 4; column++) {
+        _mm256_storeu_ps(to + column * PANEL, _mm256_permute2f128_ps(row[column], row[column + 4], 0x20));
+        _mm256_storeu_ps(to + (column + 4) * PANEL, _mm256_permute2f128_ps(row[column], row[column + 4], 0x31));
+    }
+}
+#endif
 
 /* The factors of a product A B: A's element in row r and column k is at[r * row_step + k * depth_step]; B's row k has panels of PANEL
  * neighbouring floats, panel p at[p * panel_step + k * depth_step]. B may be a matrix as it is or one that pack_rows has packed. */
@@ -94,36 +117,38 @@ struct panels {
     ptrdiff_t panel_step, depth_step;
 };
 
-/* The 8-bit parts of a number that a matrix unit multiplies, where there is one (native_tiles.c): all of them, or the first two, which
- * leave a relative error of 2^-17, where the solve of the backward pass is asked for this tolerance or a larger one. */
+/* The 8-bit parts of a number that a matrix unit multiplies, where there is one (native_tiles.c): all of them, or the first two where the
+ * backward solve is asked for this tolerance or a larger one. A product then has a relative error of 4e-6, root mean square, and of 2^-15
+ * at most. */
 #define ALL_PARTS 3
 #define ROUGH_PARTS 2
-#define ROUGH_FROM 1e-4
+#define ROUGH_FROM 1e-3
 
 /* out (rows, columns) = A B, where A has `depth` columns. */
 void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns, int parts);
 
-/* The two ways in which it is done: by vectors, or by the matrix unit, then with 0 returned where there is none, or no memory. */
+/* The two ways in which it is done: by vectors; or, if depth > 0, by the matrix unit, with 0 returned where there is none, or no memory. */
 void vector_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns);
 int tile_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns, int parts);
 
-/* Products of a few rows at a time with the same B by the matrix unit of the calling thread: its `memory` is to have tiling_bytes, where
- * tile_panels keeps B in parts for all following calls of tile_rows, with up to TILED_ROWS rows of A. Where there is something `before`,
- * the product is added to what `out` holds. */
-#define TILED_ROWS 32
+/* Products of a few rows at a time with the same B by the matrix unit of the calling thread. */
+#define TILE_ROWS 16
+#define TILED_ROWS (2 * TILE_ROWS) /* at most, at a time */
 
 struct tiling {
-    ptrdiff_t depth, columns;
+    ptrdiff_t depth, columns; /* of the product */
     int parts;
-    void *memory;
+    void *memory; /* tiling_bytes, from a line of the cache on, in which B is kept */
 };
 
 int has_tiles(void);
 
 size_t tiling_bytes(const struct tiling *tiling);
 
+/* Split B for the calls of tile_rows to come. Of B's columns so many are read, the product's others become 0. */
 void tile_panels(const struct tiling *tiling, struct panels b, ptrdiff_t columns);
 
+/* out (rows, columns) = A B, or out + A B where there is something `before`; out's rows lie out_step apart. */
 void tile_rows(const struct tiling *tiling, struct factor a, ptrdiff_t rows, float *out, ptrdiff_t out_step, int before);
 
 /* Memory that begins with a line of the cache; null where there is none. What malloc gives has every vector of a large array lie across
@@ -163,10 +188,10 @@ int layer_equilibrium(const struct map *map, const float *packed, const float *r
 
 int more_active_than(const float *values, ptrdiff_t n, double most);
 
-/* v = g + B^T (gain v), where `map` is that of B^T, from the layer to itself; gain, g, v: (batch, n). Every sample is solved to a residual
- * of at most tol |g| / sqrt(batch), where |g| is that of the whole batch, or `most` products. `residual` becomes the joint one relative to
- * |g| (to 1 where that is 0), `products` the number of products over all samples. The panels are B^T's; only where solves_by_tiles they
- * need not be packed. Returns -1 where memory is short, else 0. */
+/* v = g + B^T (gain v), where `map` is that of B^T, from the layer to itself; gain, g, v: (batch, n). Neighbours, eight at a time, are
+ * solved to a joint residual of at most tol |g| sqrt(8 / batch), where |g| is that of the whole batch, or `most` products. `residual`
+ * becomes the joint one relative to |g| (to 1 where that is 0), `products` the number of products over all samples. The panels are B^T's;
+ * only where solves_by_tiles they need not be packed. Returns -1 where memory is short, else 0. */
 int solve_layer(const struct map *map, struct panels panels, const float *gain, const float *g, float *v, ptrdiff_t batch, double tol,
                 ptrdiff_t most, double regularisation, double *residual, ptrdiff_t *products);
 

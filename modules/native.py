@@ -251,14 +251,14 @@ def solve_layer(adjoint: "EventMap", gain: Tensor, gradient: Tensor, tol: float,
                 regularisation: float) -> Tuple[Tensor, float, float]:
     """Solve v = gradient + Bᵀ (gain · v) by Anderson acceleration, each sample on its own; `adjoint` is Bᵀ, from a layer to itself.
 
-    Every sample iterates until its residual is at most tol ‖gradient‖ / √batch, the norm being that of the whole batch, which
-    bounds the joint relative residual by `tol`. Tensors are (batch, *layer shape), laid out as `kernel_layout` gives them. Returns v,
-    that joint residual, and the mean number of products per sample.
+    Neighbours, eight at a time, iterate until their joint residual is at most tol ‖gradient‖ √(8 / batch), the norm being that of the
+    whole batch, which bounds the joint relative residual by `tol`. Tensors are (batch, *layer shape), laid out as `kernel_layout` gives
+    them. Returns v, that joint residual, and the mean number of products per sample.
     """
     v, residual, products = torch.empty_like(gradient), ctypes.c_double(), ctypes.c_ssize_t()
     pointers = map(_pointer, (adjoint.packed, gain, gradient, v))
     _check(library().solve_packed(adjoint.geometry.pointer, *pointers, len(gradient), tol, max_iterations, regularisation,
-                                 ctypes.byref(residual), ctypes.byref(products)))
+                                  ctypes.byref(residual), ctypes.byref(products)))
     return v, residual.value, products.value / len(gradient)
 
 
@@ -282,7 +282,7 @@ def layer_solve(layer: LayerStruct, gradient: Tensor, tol: float, max_iterations
 def layer_backward(layer: LayerStruct, v: Tensor, tol: float, gradients: Sequence[Tensor]) -> None:
     """Write the gradients in its six parameters, for v (batch, units) that was solved to a residual of `tol`.
 
-    A matrix unit, where there is one, multiplies 16 bits of each number if that is 1e-4 or more, else all 24.
+    A matrix unit, where there is one, multiplies 16 bits of each number if that is 1e-3 or more, else all 24.
     """
     _check(library().layer_backward(layer, v.data_ptr(), tol, *pointers(*gradients)))
 

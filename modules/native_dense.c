@@ -7,6 +7,7 @@
 #define VECTORS (PANEL / LANES)
 #define ROWS (LANES == 16 ? 10 : 3) /* of the result that stay in the processor's registers, a panel wide */
 #define TILES_FROM_ROWS 96 /* of the result: with fewer, splitting B takes longer than tiles shorten the product */
+#define TILES_FROM_DEPTH 32
 
 /* out = A B for ROWS rows and vectors * LANES columns of the result. A constant row_step spares a register, or a load, for every row. */
 static inline __attribute__((always_inline)) void
@@ -69,6 +70,6 @@ void vector_product(struct factor a, struct panels b, float *out, ptrdiff_t rows
 
 void dense_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns, int parts)
 {
-    if (rows < TILES_FROM_ROWS || !tile_product(a, b, out, rows, depth, columns, parts))
+    if (rows < TILES_FROM_ROWS || depth < TILES_FROM_DEPTH || !tile_product(a, b, out, rows, depth, columns, parts))
         vector_product(a, b, out, rows, depth, columns);
 }

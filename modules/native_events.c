@@ -2,9 +2,6 @@
 #include "native.h"
 
 #include <pthread.h>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -46,28 +43,6 @@ void *thread_scratch(size_t bytes)
     }
     return memory;
 }
-
-#ifdef __AVX2__
-void transpose(const float *from, ptrdiff_t stride, float scale, float *to)
-{
-    __m256 row[8], pair[8];
-    for (int j = 0; j < 8; j++)
-        row[j] = _mm256_mul_ps(_mm256_loadu_ps(from + j * stride), _mm256_set1_ps(scale));
-    for (int j = 0; j < 8; j += 2) { /* pair[j]: columns 0, 1, 4, 5 of rows j and j + 1; pair[j + 1]: columns 2, 3, 6, 7 */
-        pair[j] = _mm256_unpacklo_ps(row[j], row[j + 1]);
-        pair[j + 1] = _mm256_unpackhi_ps(row[j], row[j + 1]);
-    }
-    for (int half = 0; half < 8; half += 4) /* row[half + c]: columns c and c + 4 of rows half .. half + 3 */
-        for (int high = 0; high < 2; high++) {
-            row[half + 2 * high] = _mm256_shuffle_ps(pair[half + high], pair[half + 2 + high], 0x44);
-            row[half + 2 * high + 1] = _mm256_shuffle_ps(pair[half + high], pair[half + 2 + high], 0xee);
-        }
-    for (int column = 0; column < 4; column++) {
-        _mm256_storeu_ps(to + column * PANEL, _mm256_permute2f128_ps(row[column], row[column + 4], 0x20));
-        _mm256_storeu_ps(to + (column + 4) * PANEL, _mm256_permute2f128_ps(row[column], row[column + 4], 0x31));
-    }
-}
-#endif
 
 void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_stride, ptrdiff_t rows, ptrdiff_t columns, float scale,
                float *packed)

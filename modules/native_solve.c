@@ -9,7 +9,7 @@
 #include <string.h>
 
 #define MEMORY 5 /* of Anderson acceleration */
-#define TOGETHER 8 /* samples: fewer share a row of weights in the cache; more leave a thread waiting for another's last ones */
+#define NEIGHBOURS 8 /* samples: fewer share a row of weights in the cache; more leave a thread waiting for another's last ones */
 #define TILED_BYTES 1048576 /* of a weight in parts, which is to stay in the second-level cache */
 #define TOGETHER_BELOW 4096 /* units: a larger layer's samples are taken one by one, as their histories would fill the cache */
 
@@ -151,19 +151,19 @@ static int send_back(const struct feedback *feedback, struct solve *solves, int 
         out[going++] = solve->product;
     }
     if (going > 0 && tiled)
-        tile_rows(&feedback->tiling, (struct factor){feedback->sent, n, 1}, rounded(going, TILED_ROWS / 2), feedback->received,
+        tile_rows(&feedback->tiling, (struct factor){feedback->sent, n, 1}, rounded(going, TILE_ROWS), feedback->received,
                   feedback->tiling.columns, 0); /* with rows of earlier samples, where whole tiles need some */
     else if (going > 0)
         add_rows(feedback->map, feedback->panels.at, NULL, active, out, going);
     return going;
 }
 
-/* Of every TOGETHER neighbours, however many are iterated at a time, all are done once their joint residual is within the bound. */
+/* Of every NEIGHBOURS neighbours, however many are iterated at a time, all are done once their joint residual is within the bound. */
 static void stop(struct solve *solves, int count, double bound)
 {
     for (int first = 0, end; first < count; first = end) {
         double squares = 0;
-        end = first + TOGETHER < count ? first + TOGETHER : count;
+        end = first + NEIGHBOURS < count ? first + NEIGHBOURS : count;
         for (int s = first; s < end; s++)
             squares += solves[s].best * solves[s].best;
         for (int s = first; s < end && squares <= (end - first) * bound * bound; s++)
@@ -208,14 +208,14 @@ static struct tiling tiling_of(const struct map *map)
 int solves_by_tiles(const struct map *map, ptrdiff_t batch, double tol)
 {
     struct tiling tiling = tiling_of(map);
-    return has_tiles() && batch >= TILED_ROWS && tol >= ROUGH_FROM && map->in_positions == 1 && map->out_positions == 1
-           && tiling_bytes(&tiling) <= TILED_BYTES;
+    int dense = map->in_positions == 1 && map->out_positions == 1 && map->rows == map->in_channels; /* no kernel around one position */
+    return dense && batch >= TILED_ROWS && tol >= ROUGH_FROM && tiling_bytes(&tiling) <= TILED_BYTES && has_tiles();
 }
 
 int solve_layer(const struct map *map, struct panels panels, const float *gain, const float *g, float *v, ptrdiff_t batch, double tol,
                 ptrdiff_t most, double regularisation, double *residual, ptrdiff_t *products)
 {
-    ptrdiff_t n = map->out_positions * map->out_channels, together = n < TOGETHER_BELOW ? TOGETHER : 1, counted = 0;
+    ptrdiff_t n = map->out_positions * map->out_channels, together = n < TOGETHER_BELOW ? NEIGHBOURS : 1, counted = 0;
     double size = sqrt(dot(g, g, batch * n)), scale = size == 0 ? 1 : size, bound = tol * scale / sqrt(batch), sum = 0;
     struct tiling tiling = tiling_of(map);
     size_t each = solve_bytes(map, n), split = 0, rows = 0;
@@ -224,7 +224,7 @@ int solve_layer(const struct map *map, struct panels panels, const float *gain, 
         while (together < TILED_ROWS && batch >= 2 * together * most_threads())
             together *= 2;
         split = tiling_bytes(&tiling);
-        rows = rounded(together, TILED_ROWS / 2);
+        rows = rounded(together, TILE_ROWS);
     }
 #pragma omp parallel reduction(| : failed) reduction(+ : sum, counted)
     {

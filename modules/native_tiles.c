@@ -2,19 +2,22 @@
  *
  * A float32 number is the sum of three bfloat16 ones, a = a1 + a2 + a3, each at most 2^-8 of the one before. Of the nine products in a b
  * six are added up, in float32, with less rounding than fused multiply-adds give; a2 b3, a3 b2 and a3 b3, together about one rounding of
- * a b, are left out. With two parts, 16 bits of a number, three products serve. Parts below 2^-126 count as 0, and where a number is
- * infinite the result is not a number. */
+ * a b, are left out. With two parts, 16 bits of a number, three products serve. Parts below 2^-126 count as 0, and a result that
+ * would be infinite is not a number. */
 #include "native.h"
 
-#if defined __AMX_BF16__ && defined __AVX512F__ && defined __linux__
-#include <immintrin.h>
+#if (defined __AMX_BF16__ || defined __AMXBF16__) && defined __AVX512F__ && defined __linux__ /* the latter is older Clangs' */
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define SIDE 16      /* rows of a tile; columns of a result's tile */
-#define DEPTH 32     /* of the product that a tile of a factor holds */
-#define DEEPEST 1024 /* of the product's depth that is added up at a time */
-#define KEPT 786432  /* bytes of split panels that a thread keeps in its second-level cache, about */
+#define SIDE TILE_ROWS /* columns of a result's tile, too */
+#define DEPTH 32       /* of the product that a tile of a factor holds */
+#define DEEPEST 1024   /* of the product's depth that is added up at a time */
+#define KEPT 786432    /* bytes of split panels that a thread keeps in its second-level cache */
+#define LARGEST 0x1.fep127f /* bfloat16 */
+
+/* What the unit loads and stores is memory, which the compiler is not told. */
+#define IN_MEMORY() __asm__ volatile("" ::: "memory")
 
 /* Pairs of bfloat16. In a tile of A, row r holds A's row r; in a tile of B, row j holds what meets the j-th pair of A's rows. The lower
  * halves are the first 16 numbers of the tile's depth, the upper halves the other 16. */
@@ -22,17 +25,13 @@ struct tile {
     uint32_t pairs[SIDE][SIDE];
 };
 
-static int permitted;
-
-/* Linux gives the unit's registers to processes that ask for them. */
-__attribute__((constructor)) static void ask_permission(void)
-{
-    const int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    permitted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-}
-
+/* Linux gives the unit's registers to processes that ask for them, and from then on larger stacks to their signal handlers. */
 int has_tiles(void)
 {
+    const int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    static int permitted = -1;
+    if (permitted < 0)
+        permitted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
     return permitted;
 }
 
@@ -47,7 +46,15 @@ static void configure_tiles(void)
         shapes.row_bytes[i] = sizeof(uint32_t[SIDE]);
         shapes.rows[i] = SIDE;
     }
+    IN_MEMORY();
     _tile_loadconfig(&shapes);
+}
+
+/* The bits of what is rounded to bfloat16 when their lower half is cut off; as they are where no number or infinity would become of it. */
+static inline __attribute__((always_inline)) __m512i rounded_bits(__m512 x)
+{
+    __mmask16 safe = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(LARGEST), _CMP_LT_OQ);
+    return _mm512_mask_add_epi32(_mm512_castps_si512(x), safe, _mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
 }
 
 /* Write the parts of two vectors of numbers as a row of pairs, into tiles that lie `step` apart. The first two parts are rounded, the
@@ -55,13 +62,10 @@ static void configure_tiles(void)
 static inline __attribute__((always_inline)) void
 split(__m512 lower, __m512 upper, struct tile *to, ptrdiff_t step, int row, const int parts)
 {
-    const __m512i half = _mm512_set1_epi32(0x8000), kept = _mm512_set1_epi32(0xffff0000);
+    const __m512i kept = _mm512_set1_epi32(0xffff0000);
     for (int part = 0; part < parts; part++, to += step) {
-        __m512i low = _mm512_castps_si512(lower), high = _mm512_castps_si512(upper);
-        if (part < 2) {
-            low = _mm512_add_epi32(low, half);
-            high = _mm512_add_epi32(high, half);
-        }
+        __m512i low = part < 2 ? rounded_bits(lower) : _mm512_castps_si512(lower);
+        __m512i high = part < 2 ? rounded_bits(upper) : _mm512_castps_si512(upper);
         low = _mm512_and_si512(low, kept);
         high = _mm512_and_si512(high, kept);
         _mm512_store_si512(to->pairs[row], _mm512_or_si512(_mm512_srli_epi32(low, 16), high));
@@ -148,6 +152,7 @@ multiply(const struct tile *strip, const struct tile *panel, ptrdiff_t blocks, f
          const int tall)
 {
     ptrdiff_t below = blocks * parts, bytes = out_step * sizeof *out;
+    IN_MEMORY();
     if (before)
         RESULT(_tile_loadd);
     else {
@@ -157,6 +162,7 @@ multiply(const struct tile *strip, const struct tile *panel, ptrdiff_t blocks, f
         _tile_zero(3);
     }
     for (ptrdiff_t k = 0; k < blocks; k++, strip += parts, panel += 2 * parts) {
+        /* a1 b3, a1 b2, a1 b1, a2 b1, a2 b2, a3 b1, so that few tiles are loaded twice; with two parts a1 b2, a1 b1, a2 b1 */
         LOAD_A(0);
         if (parts == 3) {
             LOAD_B(2);
@@ -177,6 +183,7 @@ multiply(const struct tile *strip, const struct tile *panel, ptrdiff_t blocks, f
         }
     }
     RESULT(_tile_stored);
+    IN_MEMORY();
 }
 
 static ptrdiff_t blocks_of(ptrdiff_t depth)
@@ -189,7 +196,8 @@ size_t tiling_bytes(const struct tiling *tiling)
     return sizeof(struct tile) * blocks_of(tiling->depth) * tiling->parts * 2 * ((tiling->columns + PANEL - 1) / PANEL + 1);
 }
 
-static inline __attribute__((always_inline)) void tile_panels_in(const struct tiling *tiling, struct panels b, ptrdiff_t columns, const int parts)
+static inline __attribute__((always_inline)) void
+tile_panels_in(const struct tiling *tiling, struct panels b, ptrdiff_t columns, const int parts)
 {
     ptrdiff_t panel_tiles = 2 * blocks_of(tiling->depth) * parts;
     struct tile *to = (struct tile *)tiling->memory + panel_tiles; /* behind the two strips, which take as much */
@@ -240,12 +248,12 @@ void tile_rows(const struct tiling *tiling, struct factor a, ptrdiff_t rows, flo
 
 int tile_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t columns, int parts)
 {
-    if (!permitted)
+    if (!has_tiles())
         return 0;
     ptrdiff_t deepest = depth < DEEPEST ? depth : DEEPEST, strips = (rows + SIDE - 1) / SIDE, shares = most_threads();
     struct tiling widest = {.depth = deepest, .columns = PANEL, .parts = parts};
-    widest.columns = (2 * KEPT / tiling_bytes(&widest) + 1) * PANEL; /* half of these bytes are the panel's */
-    widest.columns = widest.columns < columns ? widest.columns : columns;
+    ptrdiff_t panel_bytes = tiling_bytes(&widest) / 2, panels = KEPT / panel_bytes; /* the other half is for rows of A */
+    widest.columns = panels * PANEL < columns ? panels * PANEL : columns;
     int failed = 0;
 #pragma omp parallel for schedule(static) reduction(| : failed)
     for (ptrdiff_t share = 0; share < shares; share++) {
