@@ -2,8 +2,8 @@
  *
  * A float32 number is the sum of three bfloat16 ones, a = a1 + a2 + a3, each at most 2^-8 of the one before. Of the nine products in a b
  * six are added up, in float32, with less rounding than fused multiply-adds give; a2 b3, a3 b2 and a3 b3, together about one rounding of
- * a b, are left out. With two parts, 16 bits of a number, three products serve. Parts below 2^-126 count as 0, and a result that
- * would be infinite is not a number. */
+ * a b, are left out. With two parts, 16 bits of a number, three products serve. Parts below 2^-126 count as 0; numbers from 3.396e38 on,
+ * which bfloat16 has not, and results that would be infinite become no number. */
 #include "native.h"
 
 #if (defined __AMX_BF16__ || defined __AMXBF16__) && defined __AVX512F__ && defined __linux__ /* the latter is older Clangs' */
@@ -14,7 +14,6 @@
 #define DEPTH 32       /* of the product that a tile of a factor holds */
 #define DEEPEST 1024   /* of the product's depth that is added up at a time */
 #define KEPT 786432    /* bytes of split panels that a thread keeps in its second-level cache */
-#define LARGEST 0x1.fep127f /* bfloat16 */
 
 /* What the unit loads and stores is memory, which the compiler is not told. */
 #define IN_MEMORY() __asm__ volatile("" ::: "memory")
@@ -50,22 +49,22 @@ static void configure_tiles(void)
     _tile_loadconfig(&shapes);
 }
 
-/* The bits of what is rounded to bfloat16 when their lower half is cut off; as they are where no number or infinity would become of it. */
-static inline __attribute__((always_inline)) __m512i rounded_bits(__m512 x)
+/* The bits of what is rounded to bfloat16 when their lower half is cut off. What may be no number stays so, which the carry might undo. */
+static inline __attribute__((always_inline)) __m512i rounded_bits(__m512 x, const int may_be_none)
 {
-    __mmask16 safe = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(LARGEST), _CMP_LT_OQ);
-    return _mm512_mask_add_epi32(_mm512_castps_si512(x), safe, _mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+    __m512i bits = _mm512_castps_si512(x), half = _mm512_set1_epi32(0x8000);
+    return may_be_none ? _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), bits, half) : _mm512_add_epi32(bits, half);
 }
 
 /* Write the parts of two vectors of numbers as a row of pairs, into tiles that lie `step` apart. The first two parts are rounded, the
- * third is exact. */
+ * third is exact, and no number where the whole is none. */
 static inline __attribute__((always_inline)) void
 split(__m512 lower, __m512 upper, struct tile *to, ptrdiff_t step, int row, const int parts)
 {
     const __m512i kept = _mm512_set1_epi32(0xffff0000);
     for (int part = 0; part < parts; part++, to += step) {
-        __m512i low = part < 2 ? rounded_bits(lower) : _mm512_castps_si512(lower);
-        __m512i high = part < 2 ? rounded_bits(upper) : _mm512_castps_si512(upper);
+        __m512i low = part < 2 ? rounded_bits(lower, parts == 2 && part == 0) : _mm512_castps_si512(lower);
+        __m512i high = part < 2 ? rounded_bits(upper, parts == 2 && part == 0) : _mm512_castps_si512(upper);
         low = _mm512_and_si512(low, kept);
         high = _mm512_and_si512(high, kept);
         _mm512_store_si512(to->pairs[row], _mm512_or_si512(_mm512_srli_epi32(low, 16), high));
