@@ -24,7 +24,7 @@ struct tile {
     uint32_t pairs[SIDE][SIDE];
 };
 
-/* Linux gives the unit's registers to processes that ask for them, and from then on larger stacks to their signal handlers. */
+/* Linux gives the unit's registers to a process that asks for them, and from then on wants larger stacks for its signal handlers. */
 int has_tiles(void)
 {
     const int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
@@ -73,24 +73,29 @@ split(__m512 lower, __m512 upper, struct tile *to, ptrdiff_t step, int row, cons
     }
 }
 
+/* The first rows and columns of A as a block, with zeros beyond them. */
+static void take_block(struct factor a, ptrdiff_t rows, ptrdiff_t columns, float (*block)[DEPTH])
+{
+    if (rows >= SIDE && columns >= DEPTH && a.row_step == 1)
+        for (int r = 0; r < SIDE; r += 8)
+            for (int j = 0; j < DEPTH; j += 8)
+                transpose(a.at + r + j * a.depth_step, a.depth_step, 1, &block[r][j]);
+    else
+        for (int r = 0; r < SIDE; r++)
+            for (int j = 0; j < DEPTH; j++)
+                block[r][j] = r < rows && j < columns ? a.at[r * a.row_step + j * a.depth_step] : 0.0f;
+}
+
 /* SIDE rows of A, to[depth][part], with zeros where A has fewer rows or less depth. */
 static inline __attribute__((always_inline)) void
 split_rows(struct factor a, ptrdiff_t rows, ptrdiff_t depth, struct tile *to, const int parts)
 {
-    for (ptrdiff_t k = 0; k < depth; k += DEPTH, to += parts) {
-        const float *from = a.at + k * a.depth_step;
-        ptrdiff_t deep = depth - k < DEPTH ? depth - k : DEPTH, step = a.row_step;
+    for (ptrdiff_t k = 0; k < depth; k += DEPTH, a.at += DEPTH * a.depth_step, to += parts) {
         float block[SIDE][DEPTH];
-        int whole = rows >= SIDE && deep == DEPTH;
-        if (whole && a.row_step == 1)
-            for (int r = 0; r < SIDE; r += 8)
-                for (int j = 0; j < DEPTH; j += 8)
-                    transpose(from + r + j * a.depth_step, a.depth_step, 1, &block[r][j]);
-        else if (!whole || a.depth_step != 1)
-            for (int r = 0; r < SIDE; r++)
-                for (int j = 0; j < DEPTH; j++)
-                    block[r][j] = r < rows && j < deep ? from[r * a.row_step + j * a.depth_step] : 0.0f;
-        if (!whole || a.depth_step != 1) {
+        const float *from = a.at;
+        ptrdiff_t step = a.row_step;
+        if (rows < SIDE || depth - k < DEPTH || a.depth_step != 1) {
+            take_block(a, rows, depth - k, block);
             from = block[0];
             step = DEPTH;
         }
