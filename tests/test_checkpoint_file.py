@@ -14,6 +14,7 @@ from tests.fuzz_run_files import saved, small, trained
 from tests.published_layout import published_file
 from tests.rewritten_zip import parts, rewritten
 from tests.small_data import command, write_small_data
+from utils import checkpoint_file
 from utils.checkpoint import load_checkpoint, random_state, restore_network, restore_optimizer
 from utils.errors import UserError
 
@@ -130,6 +131,23 @@ def test_a_storage_that_is_larger_than_the_file(zipped, tmp_path):
         path.write_bytes(harmed)
     with pytest.raises(UserError, match="storage 0 has not the size" if zipped else "larger than the file"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_newer_checkpoint_may_take_its_place_while_it_is_read(zipped, tmp_path, monkeypatch):
+    path, newer = tmp_path / "checkpoint.pth.tar", tmp_path / "newer"
+    real = checkpoint_file._check_zip if zipped else checkpoint_file._check_legacy
+    torch.save({"weights": torch.arange(5000.0)}, path, _use_new_zipfile_serialization=zipped)
+    torch.save({"weights": torch.zeros(3)}, newer, _use_new_zipfile_serialization=zipped)
+
+    def check(*arguments):
+        newer.replace(path)
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint_file, real.__name__, check)
+    assert checkpoint_file.read_tensors(path)["weights"].equal(torch.arange(5000.0))
+    monkeypatch.undo()
+    assert checkpoint_file.read_tensors(path)["weights"].equal(torch.zeros(3))
 
 
 def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path):

@@ -4,10 +4,11 @@ The pickle in it is first read as data (`utils.data.inert_pickle`), and every te
 the file really holds: PyTorch itself would take a storage's size from the pickle.
 """
 
+import io
 import mmap
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, BinaryIO, Dict, Tuple
 
 import torch
 
@@ -24,19 +25,21 @@ TENSOR, PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_pa
 def read_tensors(path: Path) -> Any:
     """What torch.save wrote into the file, on the CPU. Raises ValueError, saying why, where it is damaged or more than data."""
     try:
-        _check(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # Opened once, as a run that goes on may put a newer one into its place.
+            _check(file)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged bytes make pickletools, zipfile and PyTorch raise nearly anything.
         reason = str(error).splitlines()
         raise ValueError(reason[0][:200] if reason else type(error).__name__) from error
 
 
-def _check(path: Path) -> None:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            _check_zip(archive, path.stat().st_size)
+def _check(file: BinaryIO) -> None:
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            _check_zip(archive, file.seek(0, io.SEEK_END))
     else:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
             if contents[:4] == ZIP_MAGIC:
                 raise ValueError("its end is missing")
             _check_legacy(contents)
