@@ -58,6 +58,11 @@ static inline void saturate_unit(float drive, float keep, float threshold, float
     *slope = scaled >= 0.0f && scaled <= 1.0f ? keep * steep : 0.0f;
 }
 
+static inline ptrdiff_t round_up(ptrdiff_t number, ptrdiff_t step)
+{
+    return (number + step - 1) / step * step;
+}
+
 #define LINE 64 /* bytes of the cache that are moved together */
 #define PARALLEL_FROM 32768 /* numbers, below which threads cost more than they save */
 
@@ -81,6 +86,11 @@ void list_active(const float *values, ptrdiff_t positions, ptrdiff_t channels, s
 /* scale times a matrix (rows, columns) of any strides as panels of columns, with zeros behind the last one. */
 void pack_rows(const float *matrix, ptrdiff_t row_stride, ptrdiff_t column_stride, ptrdiff_t rows, ptrdiff_t columns, float scale,
                float *packed);
+
+static inline ptrdiff_t packed_floats(ptrdiff_t rows, ptrdiff_t columns)
+{
+    return round_up(columns, PANEL) * rows;
+}
 
 #ifdef __AVX2__
 /* to[i][j] = scale from[j][i] for 8 x 8 floats, `to` having rows of PANEL. */
@@ -191,11 +201,9 @@ int more_active_than(const float *values, ptrdiff_t n, double most);
 /* v = g + B^T (gain v), where `map` is that of B^T, from the layer to itself; gain, g, v: (batch, n). Neighbours, eight at a time, are
  * solved to a joint residual of at most tol |g| sqrt(8 / batch), where |g| is that of the whole batch, or `most` products. `residual`
  * becomes the joint one relative to |g| (to 1 where that is 0), `products` the number of products over all samples. The panels are B^T's;
- * only where solves_by_tiles they need not be packed. Returns -1 where memory is short, else 0. */
+ * a dense one's may be the matrix as it is. Returns -1 where memory is short, else 0. */
 int solve_layer(const struct map *map, struct panels panels, const float *gain, const float *g, float *v, ptrdiff_t batch, double tol,
                 ptrdiff_t most, double regularisation, double *residual, ptrdiff_t *products);
-
-int solves_by_tiles(const struct map *map, ptrdiff_t batch, double tol);
 
 void power_iteration(const float *w, const float *u, float *next, float *v, float *sigma, ptrdiff_t rows, ptrdiff_t columns);
 

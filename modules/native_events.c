@@ -427,7 +427,7 @@ struct group {
 
 static int take_group(struct group *group, const struct map *map, int size, ptrdiff_t n)
 {
-    size_t lists = sizeof(int) * (n + 1 + map->in_positions + 1), each = lists + 4 * sizeof(float) * n + (2 * n + 63) / 64 * 64;
+    size_t lists = sizeof(int) * (n + 1 + map->in_positions + 1), each = lists + 4 * sizeof(float) * n + round_up(2 * n, LINE);
     char *scratch = thread_scratch(size * each);
     group->expects = 0;
     for (int s = 0; scratch && s < size; s++, scratch += each) {

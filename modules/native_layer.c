@@ -20,11 +20,6 @@ struct layer {
     float *mean, *variance, *inverse_std, *new_u, *new_v, *sigma, *scale; /* (units) each, the last two one number */
 };
 
-static ptrdiff_t packed_floats(ptrdiff_t rows, ptrdiff_t columns)
-{
-    return (columns + PANEL - 1) / PANEL * PANEL * rows;
-}
-
 /* The batch norm of y (units, batch) with the batch's statistics, and its masked output. */
 static void normalise_batch(const struct layer *layer, const float *restrict y, float *restrict current)
 {
@@ -103,19 +98,8 @@ int layer_forward(const struct layer *layer)
 int layer_solve(const struct layer *layer, const float *g, float *v, double tol, ptrdiff_t most, double regularisation, double *residual,
                 ptrdiff_t *products)
 {
-    ptrdiff_t n = layer->units;
-    struct panels panels = {layer->w, PANEL, n};
-    float *packed = NULL;
-    if (!solves_by_tiles(layer->map, layer->batch, tol)) {
-        packed = take_lines(sizeof *packed * packed_floats(n, n));
-        if (!packed)
-            return -1;
-        pack_rows(layer->w, n, 1, n, n, 1, packed);
-        panels = (struct panels){packed, n * PANEL, PANEL};
-    }
-    int status = solve_layer(layer->map, panels, layer->gain, g, v, layer->batch, tol, most, regularisation, residual, products);
-    give_lines(packed);
-    return status;
+    struct panels panels = {layer->w, PANEL, layer->units};
+    return solve_layer(layer->map, panels, layer->gain, g, v, layer->batch, tol, most, regularisation, residual, products);
 }
 
 /* For `count` units from the `first` on: v^T's way back to what the feedback gave, `received`, and through the batch norm and its mask

@@ -115,11 +115,6 @@ static void begin(struct solve *solve, const struct map *map, char *scratch, con
     memset(v, 0, n * sizeof *v);
 }
 
-static inline ptrdiff_t rounded(ptrdiff_t number, ptrdiff_t step)
-{
-    return (number + step - 1) / step * step;
-}
-
 /* How products with B^T are made: event-driven, from packed panels, or, where the tiling has memory, by the matrix unit. */
 struct feedback {
     const struct map *map;
@@ -151,7 +146,7 @@ static int send_back(const struct feedback *feedback, struct solve *solves, int 
         out[going++] = solve->product;
     }
     if (going > 0 && tiled)
-        tile_rows(&feedback->tiling, (struct factor){feedback->sent, n, 1}, rounded(going, TILE_ROWS), feedback->received,
+        tile_rows(&feedback->tiling, (struct factor){feedback->sent, n, 1}, round_up(going, TILE_ROWS), feedback->received,
                   feedback->tiling.columns, 0); /* with rows of earlier samples, where whole tiles need some */
     else if (going > 0)
         add_rows(feedback->map, feedback->panels.at, NULL, active, out, going);
@@ -201,11 +196,11 @@ int more_active_than(const float *values, ptrdiff_t n, double most)
 
 static struct tiling tiling_of(const struct map *map)
 {
-    return (struct tiling){.depth = map->rows, .columns = rounded(map->out_channels, PANEL), .parts = ROUGH_PARTS};
+    return (struct tiling){.depth = map->rows, .columns = round_up(map->out_channels, PANEL), .parts = ROUGH_PARTS};
 }
 
 /* Neither this nor where samples stop depends on the number of threads, so that no result does. */
-int solves_by_tiles(const struct map *map, ptrdiff_t batch, double tol)
+static int solves_by_tiles(const struct map *map, ptrdiff_t batch, double tol)
 {
     struct tiling tiling = tiling_of(map);
     int dense = map->in_positions == 1 && map->out_positions == 1 && map->rows == map->in_channels; /* no kernel around one position */
@@ -220,11 +215,19 @@ int solve_layer(const struct map *map, struct panels panels, const float *gain, 
     struct tiling tiling = tiling_of(map);
     size_t each = solve_bytes(map, n), split = 0, rows = 0;
     int tiled = solves_by_tiles(map, batch, tol), failed = 0;
+    float *packed = NULL;
+    if (!tiled && panels.depth_step != PANEL) { /* the matrix as it is */
+        packed = take_lines(sizeof *packed * packed_floats(n, n));
+        if (!packed)
+            return -1;
+        pack_rows(panels.at, panels.depth_step, 1, n, n, 1, packed);
+        panels = (struct panels){packed, n * PANEL, PANEL};
+    }
     if (tiled) {
         while (together < TILED_ROWS && batch >= 2 * together * most_threads())
             together *= 2;
         split = tiling_bytes(&tiling);
-        rows = rounded(together, TILE_ROWS);
+        rows = round_up(together, TILE_ROWS);
     }
 #pragma omp parallel reduction(| : failed) reduction(+ : sum, counted)
     {
@@ -252,6 +255,7 @@ int solve_layer(const struct map *map, struct panels panels, const float *gain, 
             }
         }
     }
+    give_lines(packed);
     *residual = sqrt(sum) / scale;
     *products = counted;
     return -failed;

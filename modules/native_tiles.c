@@ -192,12 +192,12 @@ multiply(const struct tile *strip, const struct tile *panel, ptrdiff_t blocks, f
 
 static ptrdiff_t blocks_of(ptrdiff_t depth)
 {
-    return (depth + DEPTH - 1) / DEPTH;
+    return round_up(depth, DEPTH) / DEPTH;
 }
 
 size_t tiling_bytes(const struct tiling *tiling)
 {
-    return sizeof(struct tile) * blocks_of(tiling->depth) * tiling->parts * 2 * ((tiling->columns + PANEL - 1) / PANEL + 1);
+    return sizeof(struct tile) * blocks_of(tiling->depth) * tiling->parts * 2 * (round_up(tiling->columns, PANEL) / PANEL + 1);
 }
 
 static inline __attribute__((always_inline)) void
@@ -254,7 +254,7 @@ int tile_product(struct factor a, struct panels b, float *out, ptrdiff_t rows, p
 {
     if (!has_tiles())
         return 0;
-    ptrdiff_t deepest = depth < DEEPEST ? depth : DEEPEST, strips = (rows + SIDE - 1) / SIDE, shares = most_threads();
+    ptrdiff_t deepest = depth < DEEPEST ? depth : DEEPEST, strips = round_up(rows, SIDE) / SIDE, shares = most_threads();
     struct tiling widest = {.depth = deepest, .columns = PANEL, .parts = parts};
     ptrdiff_t panel_bytes = tiling_bytes(&widest) / 2, panels = KEPT / panel_bytes; /* the other half is for rows of A */
     widest.columns = panels * PANEL < columns ? panels * PANEL : columns;

@@ -68,7 +68,7 @@ def compare(network, x, monkeypatch):
 
 # Panels of the kernels are 32 and 16 columns wide and added in pairs, their tiles 10 or 3 rows high, and a thread takes 16 units.
 @pytest.mark.parametrize("width,inputs,batch", [(40, 23, 11), (48, 64, 32), (16, 5, 2), (65, 100, 33), (400, 784, 24), (7, 1, 50),
-                                                (96, 30, 21), (110, 40, 12), (144, 17, 9)])
+                                                (96, 30, 21), (110, 40, 12), (144, 17, 9), (32, 20, 40)])
 @pytest.mark.parametrize("leak", [1.0, 0.9])
 def test_equals_the_pass_module_by_module(width, inputs, batch, leak, monkeypatch):
     network, x = network_and_input(width, inputs, batch, leak)

@@ -109,6 +109,11 @@ def test_the_number_of_threads_changes_no_bit(way):
     assert all(torch.equal(results[0], other) for other in results)
 
 
+@needs_tiles
+def test_the_matrix_unit_is_there_for_the_kernels():
+    assert native.library().has_tiles()
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects a page of memory as Linux does")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("rows,depth,columns", [(10, 32, 16), (31, 100, 40), (33, 65, 100)])
